@@ -1,0 +1,10 @@
+// What the bindings see.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/threads.h"
+#include "cpu/update.h"
+#include "memory.h"
+#include "plan.h"
+#include "registry.h"
+#include "torch_tensor.h"

@@ -1,0 +1,145 @@
+// The module: a table of contents.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "api.h"
+
+namespace flatstep {
+namespace {
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+py::list describe_rules() {
+  py::list described;
+  for (const RuleInfo& rule : rules()) {
+    py::list variants;
+    for (unsigned flags = 0; flags < rule.allowed.size(); ++flags) {
+      if (!rule.allowed[flags]) continue;
+      py::list states;
+      for (std::size_t i = 0; i < rule.states.size(); ++i) {
+        if (rule.state_masks[flags] >> i & 1) states.append(rule.states[i]);
+      }
+      variants.append(py::make_tuple(flags, py::tuple(states)));
+    }
+    described.append(py::dict("name"_a = rule.name, "hyper"_a = py::tuple(py::cast(rule.hyper)),
+                              "flags"_a = py::tuple(py::cast(rule.flags)),
+                              "states"_a = py::tuple(py::cast(rule.states)),
+                              "variants"_a = py::tuple(variants)));
+  }
+  return described;
+}
+
+py::list describe_layouts() {
+  py::list described;
+  for (const LayoutInfo& layout : layouts()) {
+    described.append(py::make_tuple(name_of(layout.param), name_of(layout.grad),
+                                    name_of(layout.state)));
+  }
+  return described;
+}
+
+py::list describe_isas() {
+  py::list described;
+  for (const Isa* const* isa = kIsas; *isa; ++isa) {
+    described.append(py::make_tuple((*isa)->name, (*isa)->supported()));
+  }
+  return described;
+}
+
+template <class T = void>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void update(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
+            std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
+            const std::vector<double>& hyper, std::int64_t step, double scale, int threads) {
+  const RuleInfo& rule = find_rule(rule_name);
+  if (flags >= rule.allowed.size() || !rule.allowed[flags]) {
+    throw std::invalid_argument("rule '" + rule.name + "' has no variant " +
+                                std::to_string(flags));
+  }
+  if (layout < 0 || layout >= Layouts::kCount) throw std::invalid_argument("no such layout");
+  if (hyper.size() != rule.hyper.size()) throw std::invalid_argument("wrong number of hyper");
+  if (step < 1) throw std::invalid_argument("step counts from 1");
+  if (count < 0) throw std::invalid_argument("count must not be negative");
+  Segment segment{{pointer(param), pointer(grad), {}}, count,
+                  find_kernel(rule, flags, layout),    nullptr, nullptr, 0};
+  std::size_t given = 0;
+  bool complete = param && grad;
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!(rule.state_masks[flags] >> i & 1)) continue;
+    complete = complete && given < states.size() && states[given];
+    if (complete) segment.arrays.state[i] = pointer(states[given++]);
+  }
+  if (count == 0) return;
+  if (!complete || given != states.size()) throw std::invalid_argument("wrong arrays");
+  const Scalars scalars = rule.prepare(hyper.data(), step, scale);
+  segment.scalars = scalars.data();
+  threads = available_threads(threads);
+  const py::gil_scoped_release others_may_run;
+  run_update({segment}, threads);
+}
+
+void traffic(const std::vector<std::uintptr_t>& addresses, int written, std::int64_t count,
+             int threads) {
+  const auto read = static_cast<int>(addresses.size());
+  if (written < 1 || written > read || read > kMaxStreams || count < 0) {
+    throw std::invalid_argument("there are 1 to 5 streams, of which at least one is written");
+  }
+  std::vector<float*> streams;
+  for (const std::uintptr_t address : addresses) {
+    if (!address) throw std::invalid_argument("a stream's address is null");
+    streams.push_back(pointer<float>(address));
+  }
+  const py::gil_scoped_release others_may_run;
+  run_traffic(streams, written, count, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The kernels of flatstep. Addresses and sizes are taken at their word: "
+                 "the Python package checks them.";
+
+  module.def("rules", &describe_rules);
+  module.def("layouts", &describe_layouts);
+  module.def("isas", &describe_isas);
+  module.def("isa", [] { return current_isa().name; });
+  module.def("use_isa", [](const std::string& name) { use_isa(name.c_str()); }, "name"_a);
+
+  module.def("connect", &connect, "exchange"_a, "tensor_type"_a, "parameter_type"_a);
+  module.def("connect_dtensor", &connect_dtensor, "dtensor_type"_a);
+  module.def(
+      "use_torch_threads",
+      [](const std::optional<std::string>& path) {
+        return use_torch_threads(path ? path->c_str() : nullptr);
+      },
+      "library"_a);
+
+  module.def("update", &update, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a,
+             "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a);
+  module.def("traffic", &traffic, "streams"_a, "written"_a, "count"_a, "threads"_a);
+  module.def(
+      "advise_huge_pages",
+      [](std::uintptr_t at, std::size_t bytes, bool wanted) {
+        return advise_huge_pages(pointer(at), bytes, wanted);
+      },
+      "address"_a, "bytes"_a, "wanted"_a);
+
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<const std::string&>(), "rule"_a)
+      .def("begin", &Plan::begin, "flags"_a)
+      .def("add", &Plan::add, "group"_a, "param"_a, "states"_a, "step"_a, "first_step"_a,
+           "cleared"_a)
+      .def("add_other", &Plan::add_other, "group"_a, "param"_a, "without_gradient"_a)
+      .def("end", &Plan::end, "state"_a)
+      .def("matches", &Plan::matches, "groups"_a, "state"_a, "flags"_a)
+      .def("step", &Plan::step, "hyper"_a, "scales"_a, "threads"_a)
+      .def_property_readonly("segments", &Plan::segments);
+}
+
+}  // namespace flatstep

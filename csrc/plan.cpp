@@ -1,0 +1,381 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <bit>
+#include <stdexcept>
+
+#include "cpu/threads.h"
+
+namespace flatstep {
+namespace {
+
+namespace py = pybind11;
+
+PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+// Whether the method of the tensor that takes nothing answers True.
+bool answers_true(PyObject* tensor, PyObject* method) {
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor, method);
+  if (!answer) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
+}
+
+bool same_placements(PyObject* a, PyObject* b) {
+  static PyObject* const kPlacements = name("placements");
+  const auto first = py::reinterpret_steal<py::object>(PyObject_GetAttr(a, kPlacements));
+  const auto second = py::reinterpret_steal<py::object>(PyObject_GetAttr(b, kPlacements));
+  if (!first || !second) throw py::error_already_set();
+  return first.equal(second);
+}
+
+// A tensor's shape lies in the object that describes it, some lines from its other parts.
+void prefetch_object(const void* shape) {
+  const char* at = static_cast<const char*>(shape);
+  for (int line = -2; line <= 1; ++line) __builtin_prefetch(at + 64 * line);
+}
+
+constexpr std::size_t kRowsAhead = 6;
+
+template <class T>
+bool adjoin(T* first, std::int64_t bytes, T* second) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(first) + bytes == static_cast<Byte*>(second);
+}
+
+// Whether there is memory of known type behind the view.
+bool is_readable(const TensorView& view) {
+  return view.on_cpu && view.type != Stored::kUnknown && (view.data || view.count() == 0);
+}
+
+// Whether the elements lie in as much memory as they need, in whatever order.
+bool is_compact(const TensorView& view) {
+  std::int64_t product = 1, reach = 0;
+  for (int i = 0; i < view.dims; ++i) {
+    product *= view.shape[i];
+    reach += (view.shape[i] - 1) * view.strides[i];
+  }
+  return product == 0 || product == reach + 1;
+}
+
+}  // namespace
+
+unsigned Plan::mask_of(const Row& row) const {
+  return rule_.state_masks.at(flags_.at(static_cast<std::size_t>(row.group)));
+}
+
+void Plan::begin(const std::vector<unsigned>& flags) {
+  for (const unsigned variant : flags) {
+    if (variant >= rule_.allowed.size() || !rule_.allowed[variant]) {
+      throw std::invalid_argument("rule '" + rule_.name + "' has no variant " +
+                                  std::to_string(variant));
+    }
+  }
+  release();
+  flags_ = flags;
+  rows_.clear();
+  dims_.clear();
+  state_tensors_.clear();
+  state_hints_.clear();
+  state_entries_.clear();
+  state_values_.clear();
+}
+
+void Plan::add_other(int group, py::handle param, bool without_gradient) {
+  release();
+  static_cast<void>(flags_.at(static_cast<std::size_t>(group)));
+  rows_.push_back({.param = param.ptr(),
+                   .group = group,
+                   .kind = without_gradient ? Kind::kWithoutGradient : Kind::kElsewhere});
+}
+
+void Plan::add(int group, py::handle param, const py::list& states, const py::object& step,
+               bool first_step, const py::object& cleared) {
+  release();
+  Row row{.param = param.ptr(), .group = group, .kind = Kind::kUpdated};
+  const unsigned mask = mask_of(row);
+  row.first_step = first_step;
+  row.cleared = cleared.is_none() ? nullptr : cleared.ptr();
+  TensorView view;
+  PyObject* const local = local_of(param.ptr());
+  if (!is_plain(local) || !view_of(local, view) || !is_readable(view) || !is_compact(view)) {
+    throw std::invalid_argument("the parameter's memory cannot be read");
+  }
+  row.type = view.type;
+  row.is_complex = view.is_complex;
+  row.dims = view.dims;
+  row.count = view.count();
+  row.layout = find_layout({view.type, view.type, view.type});
+  row.arrays.param = view.data;
+  row.first_dim = dims_.size();
+  dims_.insert(dims_.end(), view.shape, view.shape + view.dims);
+  dims_.insert(dims_.end(), view.strides, view.strides + view.dims);
+  row.first_state = state_tensors_.size();
+  if (states.size() != static_cast<std::size_t>(std::popcount(mask))) {
+    throw std::invalid_argument("there must be a tensor for each of the variant's states");
+  }
+  std::size_t given = 0;
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!(mask >> i & 1)) continue;
+    const auto tensor = py::reinterpret_borrow<py::object>(
+        local_of(static_cast<py::object>(states[given++]).ptr()));
+    TensorView state;
+    if (!is_plain(tensor.ptr()) || !view_of(tensor.ptr(), state) || !is_readable(state) ||
+        state.type != row.type || state.is_complex != row.is_complex ||
+        !same_memory_order(row, state)) {
+      throw std::invalid_argument("a state's memory is unlike its parameter's");
+    }
+    row.arrays.state[i] = state.data;
+    state_tensors_.push_back(tensor);
+    state_hints_.push_back(state.shape);
+  }
+  if (!step.is_none()) {
+    TensorView counter;
+    if (!is_plain(step.ptr()) || !view_of(step.ptr(), counter) || !is_readable(counter) ||
+        counter.count() != 1 ||
+        (counter.type != Stored::kFloat32 && counter.type != Stored::kFloat64)) {
+      throw std::invalid_argument("a step must be a float32 or float64 tensor of one element");
+    }
+    row.step = counter.data;
+    row.step_type = counter.type;
+    state_tensors_.push_back(step);
+    state_hints_.push_back(counter.shape);
+  }
+  rows_.push_back(row);
+}
+
+void Plan::end(const py::dict& state) {
+  release();
+  for (const auto& [param, dict] : state) {
+    StateEntry entry{param.ptr(), dict.ptr(), state_values_.size(), 0};
+    for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(dict)) {
+      state_values_.push_back(py::reinterpret_borrow<py::object>(value));
+    }
+    entry.value_count = state_values_.size() - entry.first_value;
+    state_entries_.push_back(entry);
+  }
+}
+
+bool Plan::same_memory_order(const Row& row, const TensorView& view) const {
+  if (view.dims != row.dims) return false;
+  const std::int64_t* shape = dims_.data() + row.first_dim;
+  const std::int64_t* strides = shape + row.dims;
+  for (int i = 0; i < view.dims; ++i) {
+    if (view.shape[i] != shape[i]) return false;
+    if (view.strides[i] != strides[i] && shape[i] > 1 && row.count > 0) return false;
+  }
+  return true;
+}
+
+// Thousands of small tensors are thousands of objects all over the heap: asking for the next ones
+// early halves the time of a check.
+void Plan::prefetch_row(std::size_t at) const {
+  if (at >= rows_.size()) return;
+  const Row& row = rows_[at];
+  __builtin_prefetch(row.param);
+  __builtin_prefetch(row.grad);
+  prefetch_object(row.param_hint);
+  prefetch_object(row.grad_hint);
+}
+
+bool Plan::row_matches(Row& row, PyObject* param) {
+  static PyObject* const kGrad = name("grad");
+  static PyObject* const kIsNeg = name("is_neg");
+  static PyObject* const kIsConj = name("is_conj");
+  if (row.param != param) return false;
+  PyObject* grad = PyObject_GetAttr(param, kGrad);
+  if (!grad) throw py::error_already_set();
+  row.active = grad != Py_None;
+  if (!row.active || row.kind != Kind::kUpdated) {
+    Py_DECREF(grad);
+    return !row.active || row.kind == Kind::kElsewhere;
+  }
+  held_.push_back(grad);
+  if (row.cleared && row.cleared != grad) return false;
+  if (is_dtensor(param)) {
+    if (!is_dtensor(grad) || !same_placements(param, grad)) return false;
+  }
+  PyObject* local_param = local_of(param);
+  PyObject* local_grad = local_of(grad);
+  if (!is_plain(local_param) || !is_plain(local_grad)) return false;
+  TensorView view;
+  if (!view_of(local_param, view) || view.data != row.arrays.param || view.type != row.type ||
+      view.is_complex != row.is_complex || !same_memory_order(row, view)) {
+    return false;
+  }
+  row.param_hint = view.shape;
+  if (!view_of(local_grad, view) || !view.on_cpu || view.type != row.type ||
+      view.is_complex != row.is_complex || !same_memory_order(row, view) ||
+      (!view.data && row.count > 0) || answers_true(local_grad, kIsNeg) ||
+      (view.is_complex && answers_true(local_grad, kIsConj))) {
+    return false;
+  }
+  row.arrays.grad = view.data;
+  row.grad = local_grad;
+  row.grad_hint = view.shape;
+  return true;
+}
+
+bool Plan::state_matches(const py::dict& state) const {
+  PyObject *param, *dict, *key, *value;
+  Py_ssize_t at = 0;
+  std::size_t next = 0;
+  while (PyDict_Next(state.ptr(), &at, &param, &dict)) {
+    if (next == state_entries_.size()) return false;
+    const StateEntry& entry = state_entries_[next++];
+    if (entry.param != param || entry.dict != dict || !PyDict_Check(dict) ||
+        static_cast<std::size_t>(PyDict_GET_SIZE(dict)) != entry.value_count) {
+      return false;
+    }
+    Py_ssize_t place = 0;
+    const py::object* expected = state_values_.data() + entry.first_value;
+    while (PyDict_Next(dict, &place, &key, &value)) {
+      if ((expected++)->ptr() != value) return false;
+    }
+  }
+  return next == state_entries_.size();
+}
+
+// A state tensor can be given other memory without a new object (state["exp_avg"].data = ...).
+bool Plan::states_in_place() const {
+  TensorView view;
+  for (const Row& row : rows_) {
+    if (!row.active || row.kind != Kind::kUpdated) continue;
+    const std::size_t ahead = row.first_state + 4 * kRowsAhead;
+    for (std::size_t i = ahead; i < std::min(ahead + 4, state_tensors_.size()); ++i) {
+      __builtin_prefetch(state_tensors_[i].ptr());
+      prefetch_object(state_hints_[i]);
+    }
+    const py::object* tensor = state_tensors_.data() + row.first_state;
+    const unsigned mask = rule_.state_masks[flags_[static_cast<std::size_t>(row.group)]];
+    for (int i = 0; i < kMaxStates; ++i) {
+      if (!(mask >> i & 1)) continue;
+      if (!view_of((tensor++)->ptr(), view) || view.data != row.arrays.state[i] ||
+          view.type != row.type || view.count() != row.count) {
+        return false;
+      }
+    }
+    if (row.step && (!view_of(tensor->ptr(), view) || view.data != row.step)) return false;
+  }
+  return true;
+}
+
+bool Plan::matches(const py::list& groups, const py::dict& state,
+                   const std::vector<unsigned>& flags) {
+  static PyObject* const kParams = name("params");
+  if (running_) throw std::runtime_error("step() of this optimizer is running in another thread");
+  release();
+  if (flags != flags_ || groups.size() != flags.size()) return false;
+  std::size_t next = 0;
+  for (std::size_t group = 0; group < flags.size(); ++group) {
+    PyObject* const options = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(group));
+    if (!PyDict_Check(options)) return false;
+    PyObject* params = PyDict_GetItemWithError(options, kParams);
+    if (!params || !PyList_Check(params)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+      if (next == rows_.size()) return false;
+      prefetch_row(next + kRowsAhead);
+      Row& row = rows_[next++];
+      if (row.group != static_cast<int>(group)) return false;
+      if (!row_matches(row, PyList_GET_ITEM(params, i))) return false;
+    }
+  }
+  matched_ = next == rows_.size() && state_matches(state) && states_in_place();
+  return matched_;
+}
+
+std::int64_t Plan::step_of(const Row& row) const {
+  if (!row.step) return row.first_step ? 1 : 2;
+  const double done = row.step_type == Stored::kFloat32
+                          ? static_cast<double>(*static_cast<const float*>(row.step))
+                          : *static_cast<const double*>(row.step);
+  if (!(done >= 0 && done < 9e15)) {
+    throw std::invalid_argument("the step in a parameter's state is " + std::to_string(done) +
+                                "; it must count from 0");
+  }
+  return static_cast<std::int64_t>(done) + 1;
+}
+
+void Plan::append(const Row& row, const double* scalars) {
+  const Kernel kernel = find_kernel(rule_, flags_[static_cast<std::size_t>(row.group)], row.layout);
+  const int size = size_of(row.type);
+  void* const grad = const_cast<void*>(row.arrays.grad);
+  if (!segments_.empty()) {
+    Segment& last = segments_.back();
+    const std::int64_t bytes = last.count * size;
+    bool merge = last.kernel == kernel && last.scalars == scalars &&
+                 (last.cleared != nullptr) == (row.cleared != nullptr) &&
+                 adjoin(last.arrays.param, bytes, row.arrays.param) &&
+                 adjoin(last.arrays.grad, bytes, row.arrays.grad);
+    for (int i = 0; merge && i < kMaxStates; ++i) {
+      merge = !row.arrays.state[i] || adjoin(last.arrays.state[i], bytes, row.arrays.state[i]);
+    }
+    if (merge) {
+      last.count += row.count;
+      return;
+    }
+  }
+  segments_.push_back({row.arrays, row.count, kernel, scalars, row.cleared ? grad : nullptr, size});
+}
+
+py::object Plan::step(const std::vector<std::vector<double>>& hyper,
+                      const std::vector<double>& scales, int threads) {
+  if (!matched_) throw std::runtime_error("step() must follow a call of matches() that said true");
+  if (hyper.size() != flags_.size() || scales.size() != flags_.size()) {
+    throw std::invalid_argument("there must be hyper-parameters and a scale for each group");
+  }
+  for (const auto& values : hyper) {
+    if (values.size() != rule_.hyper.size()) {
+      throw std::invalid_argument("each group must have a value for each hyper-parameter");
+    }
+  }
+  segments_.clear();
+  scalars_.clear();
+  std::int64_t total = 0;
+  bool all = true;
+  std::pair<int, std::int64_t> last = {-1, 0};
+  const double* scalars = nullptr;
+  for (const Row& row : rows_) {
+    all = all && row.active && row.kind == Kind::kUpdated;
+    if (!row.active || row.kind != Kind::kUpdated) continue;
+    const std::pair key = {row.group, step_of(row)};
+    if (key != last) {
+      const auto group = static_cast<std::size_t>(row.group);
+      const auto [found, is_new] = scalars_.try_emplace(key);
+      if (is_new) {
+        found->second = rule_.prepare(hyper[group].data(), key.second, scales[group]);
+      }
+      scalars = found->second.data();
+      last = key;
+    }
+    if (row.count > 0) append(row, scalars);
+    total += row.count;
+  }
+  threads = available_threads(threads);
+  if (total < kElementsPerThread) {
+    run_update(segments_, 1);
+  } else {
+    running_ = true;
+    const py::gil_scoped_release others_may_run;
+    run_update(segments_, threads);
+  }
+  running_ = false;
+  auto updated = all ? py::object(py::none()) : py::object(py::list());
+  for (Row& row : rows_) {
+    if (!row.active || row.kind != Kind::kUpdated) continue;
+    if (row.step_type == Stored::kFloat32) *static_cast<float*>(row.step) += 1;
+    if (row.step_type == Stored::kFloat64) *static_cast<double*>(row.step) += 1;
+    row.first_step = false;
+    if (!all) py::reinterpret_borrow<py::list>(updated).append(py::handle(row.param));
+  }
+  release();
+  return updated;
+}
+
+void Plan::release() {
+  matched_ = false;
+  for (PyObject* grad : held_) Py_DECREF(grad);
+  held_.clear();
+}
+
+}  // namespace flatstep

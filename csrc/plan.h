@@ -1,0 +1,104 @@
+// A plan: the table of an optimizer's memory, kept between steps, checked against the live
+// objects before each one, and the way from there to one update.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "cpu/update.h"
+#include "registry.h"
+#include "torch_tensor.h"
+
+namespace flatstep {
+
+// Rows stand in the order of the parameter groups. Parameters are known by address and looked up
+// in the live groups at every step, never held; gradients are held while an update reads them.
+class Plan {
+ public:
+  explicit Plan(const std::string& rule) : rule_(find_rule(rule)) {}
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() { release(); }
+
+  // Empties the table. flags holds each group's variant.
+  void begin(const std::vector<unsigned>& flags);
+  // A parameter that is updated elsewhere, or (without_gradient) that must have none to be skipped.
+  void add_other(int group, pybind11::handle param, bool without_gradient);
+  // A parameter that this plan updates. states: a tensor for each of the variant's states. step: a
+  // 0-dim float tensor that counts, or None: then first_step says whether none has been made.
+  // cleared: the gradient that the step is to set to zero, which the caller keeps, or None.
+  void add(int group, pybind11::handle param, const pybind11::list& states,
+           const pybind11::object& step, bool first_step, const pybind11::object& cleared);
+  void end(const pybind11::dict& state);
+
+  // Whether the table is still true of the live objects. Takes hold of the gradients if it is.
+  bool matches(const pybind11::list& groups, const pybind11::dict& state,
+               const std::vector<unsigned>& flags);
+
+  // One update of all rows whose parameter has a gradient; matches() has just said true. Returns
+  // None where that is every parameter of every group, else the list of those updated.
+  pybind11::object step(const std::vector<std::vector<double>>& hyper,
+                        const std::vector<double>& scales, int threads);
+
+  // How many pieces of memory the last step walked over.
+  std::size_t segments() const { return segments_.size(); }
+
+ private:
+  enum class Kind { kUpdated, kElsewhere, kWithoutGradient };
+
+  struct Row {
+    PyObject* param;
+    int group;
+    Kind kind;
+    bool active = false;
+    PyObject* cleared = nullptr;
+    int layout = 0;
+    Stored type = Stored::kUnknown;
+    bool is_complex = false;
+    int dims = 0;
+    std::size_t first_dim = 0;    // in dims_: the shape, then the strides
+    std::size_t first_state = 0;  // in state_tensors_
+    std::int64_t count = 0;
+    Arrays arrays = {};
+    // Where torch's objects were when last seen: good enough to prefetch, never to read.
+    const void *param_hint = nullptr, *grad = nullptr, *grad_hint = nullptr;
+    void* step = nullptr;  // where torch's state counts
+    Stored step_type = Stored::kUnknown;
+    bool first_step = false;
+  };
+
+  struct StateEntry {
+    PyObject *param, *dict;
+    std::size_t first_value, value_count;
+  };
+
+  unsigned mask_of(const Row& row) const;  // the states that its variant uses
+  void prefetch_row(std::size_t at) const;
+  bool row_matches(Row& row, PyObject* param);
+  bool same_memory_order(const Row& row, const TensorView& view) const;
+  bool state_matches(const pybind11::dict& state) const;
+  bool states_in_place() const;
+  std::int64_t step_of(const Row& row) const;
+  void append(const Row& row, const double* scalars);
+  // Lets go of the gradients: what matches() found may no longer be true.
+  void release();
+
+  const RuleInfo& rule_;
+  std::vector<unsigned> flags_;
+  std::vector<Row> rows_;
+  std::vector<std::int64_t> dims_;
+  std::vector<pybind11::object> state_tensors_;  // of each row, in the rule's order, then its step
+  std::vector<const void*> state_hints_;         // of each of these, likewise
+  std::vector<StateEntry> state_entries_;        // in the order of the optimizer's state
+  std::vector<pybind11::object> state_values_;
+  std::vector<PyObject*> held_;
+  std::vector<Segment> segments_;
+  std::map<std::pair<int, std::int64_t>, Scalars> scalars_;
+  bool matched_ = false;  // by the last call, so that step() may run
+  bool running_ = false;
+};
+
+}  // namespace flatstep

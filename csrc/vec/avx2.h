@@ -1,0 +1,105 @@
+// The value types of AVX2 with F16C: eight floats, four doubles.
+#pragma once
+
+#include <immintrin.h>
+
+#include "vec/pair.h"
+
+namespace flatstep {
+
+namespace avx2 {
+
+struct F32 {
+  __m256 x;
+};
+
+FLATSTEP_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.x, b.x)}; }
+FLATSTEP_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.x, b.x)}; }
+FLATSTEP_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.x, b.x)}; }
+FLATSTEP_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.x, b.x)}; }
+FLATSTEP_INLINE F32 root(F32 a) { return {_mm256_sqrt_ps(a.x)}; }
+FLATSTEP_INLINE F32 select(F32 side, F32 a, F32 b) {
+  return {_mm256_blendv_ps(b.x, a.x, _mm256_cmp_ps(side.x, _mm256_setzero_ps(), _CMP_NEQ_UQ))};
+}
+FLATSTEP_INLINE F32 maximum(F32 a, F32 b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.x, b.x), a.x, _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q))};
+}
+FLATSTEP_INLINE F32 snap(F32 a) {
+  const __m256i exponent =
+      _mm256_and_si256(_mm256_castps_si256(a.x), _mm256_set1_epi32(0x7f800000));
+  const __m256i zero = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+  return {_mm256_andnot_ps(_mm256_castsi256_ps(zero), a.x)};
+}
+
+struct F64 {
+  __m256d x;
+};
+
+FLATSTEP_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.x, b.x)}; }
+FLATSTEP_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.x, b.x)}; }
+FLATSTEP_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.x, b.x)}; }
+FLATSTEP_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.x, b.x)}; }
+FLATSTEP_INLINE F64 root(F64 a) { return {_mm256_sqrt_pd(a.x)}; }
+FLATSTEP_INLINE F64 select(F64 side, F64 a, F64 b) {
+  return {_mm256_blendv_pd(b.x, a.x, _mm256_cmp_pd(side.x, _mm256_setzero_pd(), _CMP_NEQ_UQ))};
+}
+FLATSTEP_INLINE F64 maximum(F64 a, F64 b) {
+  return {_mm256_blendv_pd(_mm256_max_pd(a.x, b.x), a.x, _mm256_cmp_pd(a.x, a.x, _CMP_UNORD_Q))};
+}
+FLATSTEP_INLINE F64 snap(F64 a) {
+  const __m256i exponent =
+      _mm256_and_si256(_mm256_castpd_si256(a.x), _mm256_set1_epi64x(0x7ff0000000000000));
+  const __m256i zero = _mm256_cmpeq_epi64(exponent, _mm256_setzero_si256());
+  return {_mm256_andnot_pd(_mm256_castsi256_pd(zero), a.x)};
+}
+
+// Rounds to bfloat16 in the upper half of each lane; the lower half is left over.
+FLATSTEP_INLINE __m256i round_to_high_half(F32 a) {
+  const __m256i bits = _mm256_castps_si256(a.x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i canonical = _mm256_set1_epi32(kBFloat16NaN << 16);
+  const __m256 nan = _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(sum, canonical, _mm256_castps_si256(nan));
+}
+
+}  // namespace avx2
+
+template <>
+struct Lanes<avx2::F32> {
+  static constexpr int kCount = 8;
+  FLATSTEP_INLINE static avx2::F32 load(const float* from) { return {_mm256_loadu_ps(from)}; }
+  FLATSTEP_INLINE static void load(const BFloat16* from, avx2::F32& even, avx2::F32& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    even.x = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd.x = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(kHighHalf)));
+  }
+  FLATSTEP_INLINE static avx2::F32 load(const Float16* from) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+  }
+  FLATSTEP_INLINE static void store(float* to, avx2::F32 a) { _mm256_storeu_ps(to, a.x); }
+  FLATSTEP_INLINE static void store(BFloat16* to, avx2::F32 even, avx2::F32 odd) {
+    const __m256i low = _mm256_srli_epi32(avx2::round_to_high_half(even), 16);
+    const __m256i high = avx2::round_to_high_half(odd);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, high, 0xaa));
+  }
+  FLATSTEP_INLINE static void store(Float16* to, avx2::F32 a) {
+    const __m128i rounded = _mm256_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q));
+    const __m128i mask =
+        _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
+    const __m128i result = _mm_blendv_epi8(rounded, _mm_set1_epi16(kFloat16NaN), mask);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), result);
+  }
+  FLATSTEP_INLINE static avx2::F32 all(float x) { return {_mm256_set1_ps(x)}; }
+};
+
+template <>
+struct Lanes<avx2::F64> {
+  static constexpr int kCount = 4;
+  FLATSTEP_INLINE static avx2::F64 load(const double* from) { return {_mm256_loadu_pd(from)}; }
+  FLATSTEP_INLINE static void store(double* to, avx2::F64 a) { _mm256_storeu_pd(to, a.x); }
+  FLATSTEP_INLINE static avx2::F64 all(double x) { return {_mm256_set1_pd(x)}; }
+};
+
+}  // namespace flatstep

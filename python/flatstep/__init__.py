@@ -1,0 +1,47 @@
+"""Optimizers that update a model's parameters in one trip through memory.
+
+Change ``torch.optim`` to ``flatstep`` in the import: :class:`Adam`, :class:`AdamW`,
+:class:`RMSprop` and :class:`SGD` take the place of torch's. :class:`FlatBuffer` makes a model one
+piece of memory. ``flatstep.functional`` updates arrays that you own, ``flatstep.reference`` is the
+definition in NumPy, ``flatstep verify`` and ``flatstep profile`` prove the bits and the speed.
+
+The environment variable ``FLATSTEP_ISA`` chooses the instruction set instead of the processor's
+widest.
+"""
+
+import os
+from importlib.metadata import version
+
+from flatstep import _core, _torch, functional, reference
+from flatstep.flat import FlatBuffer, flatten_
+from flatstep.optim import SGD, Adam, AdamW, RMSprop
+
+__version__ = version("flatstep")
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FlatBuffer",
+    "RMSprop",
+    "cpu_isa",
+    "flatten_",
+    "functional",
+    "reference",
+]
+
+
+def cpu_isa() -> str:
+    """The instruction set in use: "avx512", "avx2", "neon" or "scalar"."""
+    return _core.isa()
+
+
+def _choose_isa(name: str | None) -> None:
+    if name:
+        try:
+            _core.use_isa(name)
+        except ValueError as error:
+            raise RuntimeError(f"FLATSTEP_ISA={name}: {error}") from None
+
+
+_torch.connect()
+_choose_isa(os.environ.get("FLATSTEP_ISA"))

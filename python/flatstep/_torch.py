@@ -1,0 +1,65 @@
+"""The two doors into torch that need none of its headers: its tensors' memory and its threads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from flatstep import _core
+
+LIBRARY = Path(torch.__file__).parent / "lib" / (
+    "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+)
+
+# torch.dtype of each name in _core.layouts(); complex numbers are pairs of their parts.
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for layout in _core.layouts() for name in layout
+}
+STORED: dict[torch.dtype, str] = {
+    **{dtype: name for name, dtype in DTYPES.items()},
+    torch.complex64: "float32",
+    torch.complex128: "float64",
+}
+LAYOUT: dict[tuple[str, str, str], int] = {
+    layout: index for index, layout in enumerate(_core.layouts())
+}
+
+_increments_many = "Iterable" in str(
+    getattr(torch.autograd.graph.increment_version, "__annotations__", {}).get("tensor", "")
+)
+
+
+def connect() -> None:
+    """Finds both doors; where torch is too old for one, another way serves."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    _core.connect(exchange, torch.Tensor, torch.nn.Parameter)
+    _core.use_torch_threads(str(LIBRARY))
+
+
+def connect_dtensor() -> type | None:
+    """The class of DTensor once torch has loaded it: it takes a second that few need."""
+    module = sys.modules.get("torch.distributed.tensor")
+    dtensor: type | None = getattr(module, "DTensor", None)
+    if dtensor is not None:
+        _core.connect_dtensor(dtensor)
+    return dtensor
+
+
+def increment_version(tensors: Iterable[torch.Tensor]) -> None:
+    """Tells autograd that the tensors' memory has changed, so that it refuses a stale backward."""
+    if _increments_many:
+        torch.autograd.graph.increment_version(tensors)
+    else:
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
+def empty_flat(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """An uninitialised 1-D tensor, 64-byte aligned, on 2 MiB pages where the system grants them."""
+    flat = torch.empty(count, dtype=dtype, device=device)
+    if flat.device.type == "cpu" and count > 0:
+        _core.advise_huge_pages(flat.data_ptr(), flat.nbytes, True)
+    return flat

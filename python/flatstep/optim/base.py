@@ -1,0 +1,402 @@
+"""The way of a step: what every optimizer here shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, overload
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from flatstep import _core, flat
+from flatstep._torch import connect_dtensor, increment_version
+from flatstep.optim import states, torch_ops
+from flatstep.optim.routes import (
+    Found,
+    Route,
+    is_plain,
+    is_resolved,
+    local_of,
+    overlapping,
+    route_of,
+    same_order,
+    update_alone,
+)
+
+RULES: dict[str, Any] = {rule["name"]: rule for rule in _core.rules()}
+
+
+def flag_bits(rule: str) -> dict[str, int]:
+    """The bit of each of a rule's flags."""
+    return {name: 1 << bit for bit, name in enumerate(RULES[rule]["flags"])}
+
+
+def validate_implementation(options: dict[str, Any]) -> None:
+    """Raises torch's errors for implementations that exclude each other."""
+    if options["fused"] and options["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+class Variant(NamedTuple):
+    """What a group asks for: the rule's flags, and its hyper-parameters in the rule's order."""
+
+    flags: int
+    hyper: list[Any]
+
+
+@dataclass
+class Other:
+    """A parameter that the plan's one call does not update."""
+
+    found: Found
+    route: Route
+    states: tuple[str, ...]
+    first_step: bool
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer of :mod:`torch.optim` whose update is one pass over memory.
+
+    A subclass names its rule, validates a group's options and turns them into a variant. The rest
+    is here: finding each parameter's way (:mod:`flatstep.optim.routes`), keeping the table of the
+    kernel's memory (``_core.Plan``), creating states, and making one call a step.
+    """
+
+    rule: ClassVar[str]
+    sparse_message: ClassVar[str | None]  # of the error; None where sparse gradients are fine
+    later_options: ClassVar[dict[str, Any]]  # what a checkpoint of an older torch may lack
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self.validate(defaults)
+        self._plan: _core.Plan | None = None
+        self._gather = False
+        super().__init__(params, defaults)
+        if defaults.get("fused"):
+            self._step_supports_amp_scaling = True
+
+    @staticmethod
+    def validate(options: dict[str, Any]) -> None:
+        """Raises torch's errors for options that are out of range."""
+        raise NotImplementedError
+
+    def variant(self, group: dict[str, Any]) -> Variant:
+        """The variant of the rule that a group's options ask for."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as :meth:`torch.optim.Optimizer.add_param_group`."""
+        if isinstance(param_group, dict):
+            self.validate({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over pickled or loaded state; options that older torch lacks get their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.later_options.items():
+                group.setdefault(name, value)
+        if any(group.get("fused") for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+        self._plan = None
+        # Loaded states lie apart; the next step gathers them into flat buffers.
+        self._gather = True
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError, RuntimeError: Where a parameter cannot be updated; its name is in the
+                message, and nothing has changed.
+        """
+        self._check_graph_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None or not float(found_inf):
+            self._update()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients, as :meth:`torch.optim.Optimizer.zero_grad`.
+
+        Gradients in a :class:`flatstep.FlatBuffer` are set to zero in place, all at once.
+        """
+        buffers = self._flat_buffers()
+        if not buffers:
+            super().zero_grad(set_to_none)
+            return
+        for buffer in buffers:
+            buffer.zero_grad()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None or flat.buffer_of(param) in buffers:
+                    continue
+                if set_to_none:
+                    param.grad = None
+                else:
+                    param.grad = param.grad.detach().zero_()
+
+    def _check_graph_capture(self) -> None:
+        if "capturable" in self.defaults and torch.cuda.is_available():
+            name = "_accelerator_graph_capture_health_check"  # of torch 2.9 and newer
+            check = getattr(self, name, None) or self._cuda_graph_capture_health_check
+            check()
+
+    def _flat_buffers(self) -> list[flat.FlatBuffer]:
+        """The flat buffers with gradients that this optimizer's parameters live in."""
+        key = (flat.generation(), [id(group["params"]) for group in self.param_groups])
+        if getattr(self, "_flat_key", None) != key:
+            self._flat_key = key
+            params = [param for group in self.param_groups for param in group["params"]]
+            found = [flat.buffer_of(param) for param in params]
+            self._flat = list(dict.fromkeys(b for b in found if b is not None and b.has_gradients))
+        return self._flat
+
+    def _update(self) -> None:
+        groups = self.param_groups
+        variants = [self.variant(group) for group in groups]
+        flags = [variant.flags for variant in variants]
+        grad_scale = getattr(self, "grad_scale", None)
+        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        scales = [-unscale if group["maximize"] else unscale for group in groups]
+        hyper = [
+            [0.0] * len(values) if group["differentiable"] else [float(x) for x in values]
+            for group, (_, values) in zip(groups, variants, strict=True)
+        ]
+        plan = self._plan
+        if plan is None or not plan.matches(groups, self.state, flags) or self._others_moved():
+            plan = self._build(flags)
+            if not plan.matches(groups, self.state, flags):
+                raise RuntimeError("the parameters changed while step() was looking at them")
+        updated = plan.step(hyper, scales, torch.get_num_threads())
+        if updated is None:
+            for group in groups:
+                increment_version(group["params"])
+        else:
+            increment_version(updated)
+        increment_version(self._written)
+        for buffer in self._cleared:
+            buffer.mark_clean()
+        for other in self._others:
+            if other.found.param.grad is not None:
+                self._update_other(other, variants[other.found.group], scales[other.found.group])
+
+    def _label(self, group: int, place: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        if names:
+            return f"parameter '{names[place]}'"
+        return f"parameter {place} of group {group}"
+
+    def _find(self) -> list[Found]:
+        return [
+            Found(param, self._label(index, place), index)
+            for index, group in enumerate(self.param_groups)
+            for place, param in enumerate(group["params"])
+        ]
+
+    def _route(self, found: Found) -> Route:
+        route = route_of(
+            found, differentiable=self.param_groups[found.group]["differentiable"]
+        )
+        if route is Route.SPARSE and self.sparse_message is not None:
+            raise RuntimeError(self.sparse_message)
+        return route
+
+    def _others_moved(self) -> bool:
+        return any(
+            self._route(other.found) not in (other.route, Route.KERNEL)
+            or (other.route is Route.ALONE and self._has_foreign_states(other.found, other.states))
+            for other in self._others
+            if other.found.param.grad is not None
+        )
+
+    def _build(self, flags: list[int]) -> _core.Plan:
+        """Finds every parameter's way and fills the plan. Raises before anything has changed."""
+        self._plan = None
+        connect_dtensor()
+        everything = self._find()
+        routes = {
+            found: self._route(found) for found in everything if found.param.grad is not None
+        }
+        plain = [
+            found for found, route in routes.items() if route in (Route.KERNEL, Route.ALONE)
+        ]
+        for place in overlapping([local_of(found.param) for found in plain]):
+            routes[plain[place]] = Route.ALONE  # one after the other, as torch would
+        wanted = {
+            found: self._wanted_states(flags[found.group])
+            for found, route in routes.items()
+            if route is not Route.SPARSE
+        }
+        for found, names in wanted.items():
+            self._check_states(found, names)
+            if routes[found] is not Route.TORCH and self._has_foreign_states(found, names):
+                routes[found] = Route.TORCH
+        with torch.no_grad():
+            firsts = self._create_states(routes, wanted)
+        plan = _core.Plan(self.rule)
+        plan.begin(flags)
+        self._others: list[Other] = []
+        cleared: dict[flat.FlatBuffer, None] = {}
+        written: dict[int, torch.Tensor] = {}  # one of each storage stands for all its views
+        for found in everything:
+            route, names = routes.get(found), wanted.get(found, ())
+            if route is not Route.KERNEL:
+                plan.add_other(found.group, found.param, route is None)
+                if route is not None:
+                    self._others.append(Other(found, route, names, found in firsts))
+                continue
+            state = self.state[found.param] if names or self._counts else {}
+            step = state["step"] if self._counts else None
+            buffer = flat.buffer_of(found.param)
+            clears = buffer is not None and buffer.clears(found.param)
+            if buffer is not None and clears:
+                cleared[buffer] = None
+            tensors = [state[name] for name in names]
+            grad = found.param.grad if clears else None
+            plan.add(found.group, found.param, tensors, step, found in firsts, grad)
+            for tensor in [*tensors, *([step] if self._counts else [])]:
+                written[local_of(tensor).untyped_storage().data_ptr()] = local_of(tensor)
+        plan.end(self.state)
+        self._cleared = list(cleared)
+        self._written = list(written.values())
+        self._plan = plan
+        self._gather = False
+        return plan
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the state has a step, as in every optimizer of torch but SGD."""
+        return self.rule != "sgd"
+
+    def _wanted_states(self, flags: int) -> tuple[str, ...]:
+        names: tuple[str, ...] = dict(RULES[self.rule]["variants"])[flags]
+        return names
+
+    def _check_states(self, found: Found, names: Iterable[str]) -> None:
+        state = self.state.get(found.param, {})
+        param = found.param
+        for name in names:
+            tensor = state.get(name)
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(
+                    f"state '{name}' of {found.name} is a {type(tensor).__name__}, not a tensor"
+                )
+            if (tensor.shape, tensor.device) != (param.shape, param.device):
+                raise ValueError(
+                    f"state '{name}' of {found.name} has shape {tuple(tensor.shape)} on "
+                    f"{tensor.device}, but the parameter has {tuple(param.shape)} on "
+                    f"{param.device}; load a state that belongs to it"
+                )
+        step = state.get("step")
+        if self._counts and step is not None and not 0 <= float(step) < 2**53:
+            raise ValueError(
+                f"state 'step' of {found.name} is {float(step)}; it must count from 0"
+            )
+
+    def _has_foreign_states(self, found: Found, names: Iterable[str]) -> bool:
+        """Whether a state is there that the kernel cannot take as it is."""
+        state = self.state.get(found.param, {})
+        tensors = [local_of(state[name]) for name in names if state.get(name) is not None]
+        return any(
+            not is_plain(tensor) or tensor.dtype != found.param.dtype for tensor in tensors
+        )
+
+    def _create_states(
+        self, routes: dict[Found, Route], wanted: dict[Found, tuple[str, ...]]
+    ) -> set[Found]:
+        """Creates what is missing, and gathers what was loaded.
+
+        Returns:
+            The parameters that had none of their states before.
+        """
+
+        def is_kernels(found: Found) -> bool:
+            return routes[found] is not Route.TORCH
+
+        firsts = set()
+        missing, loaded, uncounted = [], [], []
+        for found, names in wanted.items():
+            if not names and not self._counts:
+                continue
+            state = self.state[found.param]
+            step = state.get("step")
+            if self._counts and not (
+                isinstance(step, torch.Tensor) and step.is_floating_point() and step.numel() == 1
+            ):
+                uncounted.append((found, state))
+            if all(state.get(name) is None for name in names):
+                firsts.add(found)
+            for name in names:
+                tensor = state.get(name)
+                if tensor is None:
+                    missing.append((found, state, name))
+                elif tensor.layout != torch.strided:
+                    state[name] = tensor.to_dense()
+                elif is_kernels(found) and (
+                    self._gather
+                    or not same_order(local_of(tensor), local_of(found.param))
+                    or not is_resolved(local_of(tensor))
+                ):
+                    loaded.append((found, state, name, tensor))
+        states.create_steps(uncounted)
+        states.create(
+            missing + [(found, state, name) for found, state, name, _ in loaded], is_kernels
+        )
+        for _, state, name, tensor in loaded:
+            local_of(state[name]).copy_(local_of(tensor))
+        return firsts
+
+    def _update_other(self, other: Other, variant: Variant, scale: float) -> None:
+        found, param = other.found, other.found.param
+        grad = param.grad
+        assert grad is not None
+        differentiable = self.param_groups[found.group]["differentiable"]
+        with torch.set_grad_enabled(differentiable):
+            hyper = variant.hyper if differentiable else [float(x) for x in variant.hyper]
+            names = dict(zip(RULES[self.rule]["hyper"], hyper, strict=True))
+            flags = {
+                name: bool(variant.flags & bit) for name, bit in flag_bits(self.rule).items()
+            }
+            state = self.state[param] if other.states or self._counts else {}
+            tensors = {name: state[name] for name in other.states}
+            step = int(state["step"]) + 1 if self._counts else 2 - other.first_step
+            if other.route is Route.SPARSE:
+                torch_ops.update_sparse(names, flags, param, grad, self.state, scale)
+            elif other.route is Route.ALONE:
+                update_alone(
+                    self.rule,
+                    variant.flags,
+                    hyper,
+                    local_of(param),
+                    local_of(grad),
+                    [local_of(tensor) for tensor in tensors.values()],
+                    step,
+                    scale,
+                )
+                increment_version([param, *tensors.values()])
+            else:
+                torch_ops.update(self.rule, flags, names, param, grad, tensors, step, scale)
+        if self._counts:
+            with torch.no_grad():
+                state["step"].add_(1)
+        other.first_step = False

@@ -1,0 +1,235 @@
+"""Which way a parameter is updated, judged from the tensors themselves."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from flatstep import _core
+from flatstep._torch import LAYOUT, STORED, connect_dtensor
+
+
+class Route(enum.Enum):
+    """The ways of an update."""
+
+    KERNEL = enum.auto()  # plain memory, in the one call for all
+    ALONE = enum.auto()  # through the kernel in a call of its own, copying what is strided
+    TORCH = enum.auto()  # through torch's operations
+    SPARSE = enum.auto()  # SGD with sparse gradients, through torch's operations
+
+
+class Found(NamedTuple):
+    """A parameter with a gradient, and where it was found."""
+
+    param: torch.Tensor
+    name: str
+    group: int
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a piece of memory, in whatever order, each once."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return True
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a dense tensor like this one: its own, where it is dense itself."""
+    return tensor.stride() if is_dense(tensor) else torch.empty_like(tensor, device="meta").stride()
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may be the same memory, as in an expanded tensor."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def same_order(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in the same order."""
+    return all(
+        size <= 1 or x == y
+        for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether the tensor stands for others, in a way that its class does not show."""
+    wrapped: bool = torch._is_functional_tensor(
+        tensor
+    ) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The local tensor of a DTensor, and any other tensor itself."""
+    dtensor = connect_dtensor()
+    if dtensor is not None and type(tensor) is dtensor:
+        return tensor._local_tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's address and strides are all there is to its data."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in STORED
+        and not is_wrapped(tensor)
+    )
+
+
+def is_resolved(tensor: torch.Tensor) -> bool:
+    """Whether memory holds the values themselves, not their negatives or conjugates."""
+    return not tensor.is_neg() and not tensor.is_conj()
+
+
+def _refuse(found: Found, grad: torch.Tensor) -> None:
+    """Raises where a parameter cannot be updated, or only wrongly."""
+    param, name = found.param, found.name
+    if not (param.is_floating_point() or param.is_complex()):
+        raise TypeError(f"{name} has dtype {param.dtype}; flatstep updates floats and complex")
+    if isinstance(param, FakeTensor) or isinstance(grad, FakeTensor):
+        raise TypeError(f"{name} or its gradient is a fake tensor, which has no data to update")
+    if param.shape != grad.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(param.shape)}, but its gradient has {tuple(grad.shape)}; "
+            "clear the gradient after changing a parameter's data"
+        )
+    if param.device != grad.device:
+        raise ValueError(f"{name} is on {param.device}, but its gradient is on {grad.device}")
+
+
+def _refuse_memory(found: Found, param: torch.Tensor, grad: torch.Tensor) -> None:
+    """Raises where plain memory cannot be updated in place."""
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{found.name} was made under torch.inference_mode() and cannot be updated outside it; "
+            "clone it to get one that can"
+        )
+    if overlaps_itself(param):
+        raise ValueError(
+            f"{found.name} has elements that share memory (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}), so that no update in place is right; clone it first"
+        )
+    if param.numel() and not (param.data_ptr() and grad.data_ptr()):
+        raise ValueError(
+            f"{found.name} or its gradient has no memory (its storage was freed or never "
+            "allocated); restore it before step()"
+        )
+
+
+def route_of(found: Found, *, differentiable: bool) -> Route:
+    """The route of one parameter with a gradient.
+
+    Raises:
+        TypeError, ValueError: Where the parameter cannot be updated, or only wrongly.
+    """
+    param, grad = found.param, found.param.grad
+    assert grad is not None
+    _refuse(found, grad)
+    if grad.layout != torch.strided:
+        return Route.SPARSE
+    local_param, local_grad = local_of(param), local_of(grad)
+    if (
+        differentiable
+        or (local_param is param) != (local_grad is grad)
+        or (local_param is not param and param.placements != grad.placements)  # type: ignore[attr-defined]
+        or not is_plain(local_param)
+        or not is_plain(local_grad)
+        or local_param.dtype != local_grad.dtype
+        or not is_resolved(local_param)
+    ):
+        return Route.TORCH
+    _refuse_memory(found, local_param, local_grad)
+    if (
+        is_dense(local_param)
+        and same_order(local_param, local_grad)
+        and is_resolved(local_grad)
+    ):
+        return Route.KERNEL
+    return Route.ALONE
+
+
+def overlapping(tensors: list[torch.Tensor]) -> set[int]:
+    """The places in the list of those whose memory may overlap another's."""
+    spans = []
+    for place, tensor in enumerate(tensors):
+        if tensor.numel():
+            reach = sum(
+                stride * (size - 1)
+                for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+            )
+            start = tensor.data_ptr()
+            spans.append((start, start + (reach + 1) * tensor.element_size(), place))
+    spans.sort()
+    found: set[int] = set()
+    last_end, last_place = 0, -1
+    for start, end, place in spans:
+        if start < last_end:
+            found |= {last_place, place}
+        if end > last_end:
+            last_end, last_place = end, place
+    return found
+
+
+def layout_of(param: torch.Tensor) -> int:
+    """The kernel's layout of a plain parameter with gradient and states of its dtype."""
+    stored = STORED[param.dtype]
+    return LAYOUT[stored, stored, stored]
+
+
+def update_alone(
+    rule: str,
+    flags: int,
+    hyper: list[float],
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    states: list[torch.Tensor],
+    step: int,
+    scale: float,
+) -> None:
+    """Updates one plain parameter, whatever its strides and the gradient's.
+
+    What the kernel cannot walk over in one order is copied into the parameter's order first; a
+    parameter or state with gaps is copied back, so that nothing in the gaps is touched.
+    """
+    flat = param if is_dense(param) else torch.empty_like(param).copy_(param)
+
+    def in_order(tensor: torch.Tensor) -> torch.Tensor:
+        if same_order(tensor, flat) and is_resolved(tensor):
+            return tensor
+        return torch.empty_like(flat).copy_(tensor)
+
+    flat_grad = in_order(grad)
+    flat_states = [in_order(state) for state in states]
+    _core.update(
+        rule,
+        flags,
+        layout_of(flat),
+        flat.data_ptr(),
+        flat_grad.data_ptr(),
+        [state.data_ptr() for state in flat_states],
+        flat.numel() * (2 if flat.is_complex() else 1),
+        hyper,
+        step,
+        scale,
+        torch.get_num_threads(),
+    )
+    for tensor, copy in zip([param, *states], [flat, *flat_states], strict=True):
+        if copy is not tensor:
+            tensor.copy_(copy)

@@ -1,0 +1,133 @@
+"""What is compared: flatstep on tensors and on a flat buffer, and torch's own paths."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+import flatstep
+from flatstep import optim
+from flatstep.optim.base import Optimizer
+from flatstep.profile.limit import Pages, huge_page_share
+from flatstep.profile.workloads import Shape, Workload
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name.lower(): getattr(optim, name) for name in optim.__all__
+}
+# Without momentum SGD keeps no state, and nobody trains with it.
+OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+
+FUSED = "torch fused"
+TORCH_PATHS: dict[str, dict[str, Any]] = {
+    FUSED: {"fused": True},
+    "torch foreach": {"foreach": True},
+    "torch for-loop": {"foreach": False},
+}
+
+
+def optimizer_named(name: str) -> type[Optimizer]:
+    """One of :data:`OPTIMIZERS`.
+
+    Raises:
+        ValueError: For another name, with those that there are.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer '{name}'; there are {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
+def torch_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The class of torch's that flatstep's takes the place of."""
+    cls: type[torch.optim.Optimizer] = getattr(torch.optim, optimizer_named(name).__name__)
+    return cls
+
+
+def torch_paths(name: str, *, slow: bool = True) -> list[str]:
+    """The paths that torch has for an optimizer; without the slow ones only where one is fused."""
+    known = inspect.signature(torch_optimizer(name)).parameters
+    paths = [path for path, option in TORCH_PATHS.items() if known.keys() >= option.keys()]
+    return paths if slow or FUSED not in paths else [FUSED]
+
+
+def build_torch(path: str, name: str, params: list[Parameter]) -> torch.optim.Optimizer:
+    """An optimizer of torch's that takes one of its paths."""
+    build: Any = torch_optimizer(name)
+    optimizer: torch.optim.Optimizer = build(params, **OPTIONS.get(name, {}), **TORCH_PATHS[path])
+    return optimizer
+
+
+@dataclass
+class Implementation:
+    """An optimizer over the parameters of a workload."""
+
+    name: str
+    optimizer: torch.optim.Optimizer
+    params: list[Parameter]
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is flatstep's."""
+        return isinstance(self.optimizer, Optimizer)
+
+    def states(self) -> dict[str, list[torch.Tensor]]:
+        """The tensors of each state but the count of steps, parameter by parameter."""
+        names = [name for name in self.optimizer.state.get(self.params[0], {}) if name != "step"]
+        return {name: [self.optimizer.state[p][name] for p in self.params] for name in names}
+
+    def pages(self) -> Pages:
+        """The pages that most of its memory lies on."""
+        grads = [param.grad for param in self.params if param.grad is not None]
+        states = [state for tensors in self.states().values() for state in tensors]
+        return Pages(huge_page_share([*self.params, *grads]) > 0.5, huge_page_share(states) > 0.5)
+
+
+class Tensors:
+    """The parameters and gradients of a workload: some as tensors, some in a flat buffer."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype):
+        """Fills them with values for which every path of torch's is accurate."""
+        self.separate = [_parameter(shape, dtype) for shape in workload.shapes]
+        self.flat = [Parameter(torch.empty(shape, dtype=dtype)) for shape in workload.shapes]
+        self.buffer = flatstep.FlatBuffer(self.flat)
+        with torch.no_grad():
+            for param, flat in zip(self.separate, self.flat, strict=True):
+                assert param.grad is not None
+                assert flat.grad is not None
+                flat.copy_(param)
+                flat.grad.copy_(param.grad)
+
+    def implementations(self, name: str, paths: Iterable[str]) -> list[Implementation]:
+        """The two of flatstep and the given paths of torch, all without state."""
+        cls, options = optimizer_named(name), OPTIONS.get(name, {})
+        return [
+            Implementation("flatstep flat", cls(self.flat, **options), self.flat),
+            Implementation("flatstep", cls(self.separate, **options), self.separate),
+            *(
+                Implementation(path, build_torch(path, name, self.separate), self.separate)
+                for path in paths
+            ),
+        ]
+
+
+def _parameter(shape: Shape, dtype: torch.dtype) -> Parameter:
+    param = Parameter(torch.empty(shape, dtype=dtype).uniform_(-0.1, 0.1))
+    # Away from zero, whose square float16 cannot hold.
+    grad = torch.empty(shape, dtype=dtype).uniform_(-1, 1)
+    param.grad = grad.add_(grad.sign(), alpha=0.5)
+    return param
+
+
+@functools.cache
+def states_kept(name: str) -> int:
+    """The number of states that an optimizer keeps for each parameter."""
+    probe = Parameter(torch.zeros(1))
+    probe.grad = torch.zeros(1)
+    optimizer = optimizer_named(name)([probe], **OPTIONS.get(name, {}))
+    optimizer.step()
+    return sum(key != "step" for key in optimizer.state[probe])

@@ -1,0 +1,109 @@
+"""Timing that compares: the contestants take turns in one process, and medians are kept."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+SAMPLE_SECONDS = 2e-3  # a shorter call is repeated within a sample
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median over the rounds, the quartiles and the extremes."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    least: float
+    most: float
+    rounds: int
+
+    @staticmethod
+    def of(samples: list[float]) -> Timing:
+        """The timing that at least one sample gives."""
+        if len(samples) > 1:
+            lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+        else:
+            lower = median = upper = samples[0]
+        return Timing(median, lower, upper, min(samples), max(samples), len(samples))
+
+    @property
+    def spread(self) -> float:
+        """Between the quartiles, as a share of the median."""
+        return (self.upper_quartile - self.lower_quartile) / self.median
+
+
+class Race:
+    """Calls that take turns, in another order each round.
+
+    A call that takes several times as long as the shortest sits out some rounds.
+    """
+
+    def __init__(self, calls: Mapping[str, Callable[[], object]]):
+        self.calls = calls
+        self.samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def run(
+        self, seconds: float, rounds: int | None, on_progress: Callable[[float], object]
+    ) -> None:
+        """Runs the given number of rounds, or those that fit into the time, but a least number.
+
+        Args:
+            seconds: How long the race may take.
+            rounds: How often each call takes its turn; the time is ignored then.
+            on_progress: Called with the share of the race that is done.
+        """
+        start = perf_counter()
+        repeats = {name: self._repeats(call) for name, call in self.calls.items()}
+        costs = {name: self._sample(name, repeats[name]) for name in self.calls}
+        strides = dict.fromkeys(self.calls, 1)
+        if rounds is None:
+            shortest = min(costs.values())
+            strides = {name: max(1, round(cost / shortest / 2)) for name, cost in costs.items()}
+            a_round = sum(cost / strides[name] for name, cost in costs.items())
+            left = seconds - (perf_counter() - start)
+            rounds = min(max(int(left / a_round), LEAST_ROUNDS), MOST_ROUNDS)
+            strides = {name: min(stride, rounds // 3) for name, stride in strides.items()}
+        shuffled = random.Random(0)
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            for turn in range(rounds):
+                due = [name for name in self.calls if turn % strides[name] == 0]
+                for name in shuffled.sample(due, len(due)):
+                    self.samples[name].append(self._sample(name, repeats[name]))
+                on_progress((turn + 1) / rounds)
+        finally:
+            if collects:
+                gc.enable()
+
+    def timings(self) -> dict[str, Timing]:
+        """The timing of each call that has had a turn."""
+        return {name: Timing.of(samples) for name, samples in self.samples.items() if samples}
+
+    @staticmethod
+    def _repeats(call: Callable[[], object]) -> int:
+        call()
+        repeats = 1
+        while True:
+            start = perf_counter()
+            for _ in range(repeats):
+                call()
+            took = perf_counter() - start
+            if took > SAMPLE_SECONDS / 4:
+                return max(1, round(repeats * SAMPLE_SECONDS / took))
+            repeats *= 4
+
+    def _sample(self, name: str, repeats: int) -> float:
+        call = self.calls[name]
+        start = perf_counter()
+        for _ in range(repeats):
+            call()
+        return (perf_counter() - start) / repeats

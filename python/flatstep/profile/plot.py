@@ -1,0 +1,98 @@
+"""The picture of a profile: each implementation's share of what this memory can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flatstep.profile.report import format_ms, machine_line
+from flatstep.profile.results import Case, Report
+
+FORMATS = (".png", ".svg", ".pdf")
+
+TITLE = "Speed of one step, as a share of what this machine's memory can do"
+SUBTITLE = (
+    "100 %: the same memory traffic without arithmetic, on the fastest kind of pages. "
+    "Longer is better."
+)
+COLORS = {
+    "flatstep flat": "#0b5394",
+    "flatstep": "#4f9bd9",
+    "torch fused": "#e69138",
+    "torch foreach": "#b7a99a",
+    "torch for-loop": "#d5ccc3",
+}
+INK, FAINT, RULE, ALARM = "#222222", "#777777", "#cccccc", "#c00000"
+SMALL = 7.5  # points
+BAR, PANEL_WIDTH = 0.21, 2.9  # inches
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draws the bars of every measured case, by workload and optimizer.
+
+    Args:
+        report: With at least one measured case.
+        path: Ends in one of :data:`FORMATS`.
+    """
+    cases = report.measured
+    rows = list(dict.fromkeys(case.workload for case in cases))
+    columns = list(dict.fromkeys((case.optimizer, case.dtype) for case in cases))
+    names = [name for name in COLORS if any(case.result(name) for case in cases)]
+    width = max(1.3 + PANEL_WIDTH * len(columns), 7.5)
+    height = 1.1 + BAR * (len(names) + 2.6) * len(rows)
+    figure = Figure(figsize=(width, height), dpi=150)
+    panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    found = {(case.workload, case.optimizer, case.dtype): case for case in cases}
+    for row, workload in enumerate(rows):
+        for column, (optimizer, dtype) in enumerate(columns):
+            case = found.get((workload, optimizer, dtype))
+            if case is None:
+                panels[row, column].set_axis_off()
+            else:
+                _draw_case(panels[row, column], case, names)
+    left = 0.08 / width
+
+    def write(inches: float, text: str, **style: Any) -> None:
+        figure.text(left, inches / height, text, **style)
+
+    write(height - 0.35, TITLE, fontsize=12, fontweight="bold", color=INK)
+    write(height - 0.6, SUBTITLE, fontsize=8.5, color=FAINT)
+    write(0.08, machine_line(report), fontsize=SMALL, color=FAINT)
+    figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - 0.7 / height), h_pad=1.2, w_pad=1.5)
+    figure.savefig(path)
+
+
+def _draw_case(axes: Axes, case: Case, names: list[str]) -> None:
+    limit = case.best_limit()
+    assert limit is not None
+    for place, name in enumerate(names):
+        result = case.result(name)
+        if result is None:
+            _note(axes, 1, place, "not in torch", FAINT)
+        elif result.timing is None:
+            _note(axes, 1, place, (result.problem or "").partition(":")[0], ALARM)
+        else:
+            share = 100 * limit.timing.median / result.timing.median
+            axes.barh(place, share, height=0.78, color=COLORS[name])
+            time = f"{format_ms(result.timing.median)} ms"
+            if share > 50:
+                _note(axes, share - 1.5, place, time, "white", "right")
+            else:
+                _note(axes, share + 1.5, place, time, INK)
+    axes.axvline(100, color=INK, linewidth=1)
+    axes.set_title(f"{case.title} × {case.optimizer}, {case.dtype}", loc="left", fontsize=9)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlim(0, 108)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter("{x:.0f} %")
+    axes.tick_params(axis="x", labelsize=SMALL, color=RULE, labelcolor=FAINT)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+
+
+def _note(axes: Axes, x: float, y: float, text: str, color: str, side: str = "left") -> None:
+    axes.text(x, y, text, ha=side, va="center", fontsize=SMALL, color=color)

@@ -1,0 +1,201 @@
+"""What a profile found, in plain values that JSON can hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flatstep.profile.measure import Timing
+
+
+@dataclass
+class Limit:
+    """The time of an update's memory traffic alone.
+
+    Attributes:
+        pages: The pages that parameters, gradients and states were wanted on.
+        granted: Whether the system gave them.
+        timing: Seconds for as many bytes as the update moves.
+        gb_per_s: The bytes that the rule counts, read and written, in 1e9 a second.
+    """
+
+    pages: str
+    granted: bool
+    timing: Timing
+    gb_per_s: float
+
+
+@dataclass
+class Result:
+    """One implementation on one workload.
+
+    Attributes:
+        implementation: Such as "flatstep flat" or "torch fused".
+        problem: Why there is no time: the result was wrong, or the step failed.
+        pages: The pages that parameters, gradients and states lie on.
+        first_step: Seconds of the step that creates the states.
+        timing: Seconds of a later step.
+        ns_per_parameter: Nanoseconds of a step for each parameter.
+        gb_per_s: The bytes that the rule counts, read and written, in 1e9 a second.
+        of_limit: The limit's time on the same kind of pages, divided by this one's.
+        to_torch: This time divided by that of torch's fastest path with a right result.
+    """
+
+    implementation: str
+    problem: str | None = None
+    pages: str | None = None
+    first_step: float | None = None
+    timing: Timing | None = None
+    ns_per_parameter: float | None = None
+    gb_per_s: float | None = None
+    of_limit: float | None = None
+    to_torch: float | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is flatstep's."""
+        return self.implementation.startswith("flatstep")
+
+
+@dataclass
+class Case:
+    """One workload under one optimizer.
+
+    Attributes:
+        workload: Its name.
+        title: What the workload is, in words.
+        optimizer: The optimizer's name.
+        dtype: Of parameters, gradients and states.
+        tensors: How many there are.
+        parameters: How many elements they have together.
+        states: How many states the rule keeps for each parameter.
+        bytes_moved: Bytes that a step reads and writes by the rule's own count.
+        refused: Why nothing was measured.
+        limits: The machine's limit on each kind of pages.
+        results: Of each implementation.
+    """
+
+    workload: str
+    title: str
+    optimizer: str
+    dtype: str
+    tensors: int
+    parameters: int
+    states: int
+    bytes_moved: int
+    refused: str | None = None
+    limits: list[Limit] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.workload} × {self.optimizer}, {self.dtype}"
+
+    def rate(self, timing: Timing) -> float:
+        """The bytes moved, in 1e9 a second."""
+        return self.bytes_moved / timing.median / 1e9
+
+    def result(self, implementation: str) -> Result | None:
+        """The result of one implementation, if it is there."""
+        return next((r for r in self.results if r.implementation == implementation), None)
+
+    def torch_best(self) -> Result | None:
+        """The fastest path of torch with a right result."""
+        timed = [r for r in self.results if not r.ours and r.timing is not None]
+        return min(timed, key=lambda r: r.timing.median if r.timing else 0.0, default=None)
+
+    def best_limit(self) -> Limit | None:
+        """The limit on the fastest kind of pages."""
+        return min(self.limits, key=lambda limit: limit.timing.median, default=None)
+
+
+@dataclass
+class TrainingResult:
+    """Backward, step and zero_grad on a real model, in one way.
+
+    Attributes:
+        way: Such as "torch fused" or "flatstep, FlatBuffer".
+        problem: Why there is no time.
+        backward: Seconds of the backward pass.
+        step: Seconds of the optimizer's step.
+        zero_grad: Seconds of clearing the gradients.
+        total: Seconds of the three together.
+        to_torch: The total divided by torch's.
+    """
+
+    way: str
+    problem: str | None = None
+    backward: Timing | None = None
+    step: Timing | None = None
+    zero_grad: Timing | None = None
+    total: Timing | None = None
+    to_torch: float | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is flatstep's."""
+        return self.way.startswith("flatstep")
+
+
+@dataclass
+class Training:
+    """Backward, step and zero_grad on a real model, in every way."""
+
+    model: str
+    parameters: int
+    optimizer: str
+    results: list[TrainingResult] = field(default_factory=list)
+
+
+@dataclass
+class Machine:
+    """What the figures belong to."""
+
+    cpu: str
+    cores: int
+    threads: int
+    isa: str
+    flatstep: str
+    torch: str
+    system: str
+
+
+@dataclass
+class Report:
+    """Everything that a profile found."""
+
+    machine: Machine
+    cases: list[Case] = field(default_factory=list)
+    training: Training | None = None
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def measured(self) -> list[Case]:
+        """The cases that have at least one time."""
+        return [c for c in self.cases if any(r.timing is not None for r in c.results)]
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What went wrong, by where: each with why there is no time."""
+        found = {
+            f"{case}, {result.implementation}": result.problem
+            for case in self.cases
+            for result in case.results
+            if result.problem is not None
+        }
+        for result in self.training.results if self.training else []:
+            if result.problem is not None:
+                found[f"whole step, {result.way}"] = result.problem
+        return found
+
+    @property
+    def failed(self) -> bool:
+        """Whether something of flatstep's went wrong."""
+        ours = [r.problem for case in self.cases for r in case.results if r.ours]
+        ours += [r.problem for r in (self.training.results if self.training else []) if r.ours]
+        return any(problem is not None for problem in ours)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in dictionaries, lists, strings and numbers."""
+        return asdict(self)

@@ -1,0 +1,267 @@
+"""A whole profile: every case and the whole step, within a given time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+import flatstep
+from flatstep.profile import case, memory, training
+from flatstep.profile.check import Sample
+from flatstep.profile.implementations import Tensors, optimizer_named, states_kept, torch_paths
+from flatstep.profile.limit import Streams
+from flatstep.profile.results import Case, Machine, Report, Training
+from flatstep.profile.workloads import WORKLOADS, Workload, workload_named, workload_of_model
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")
+}
+OPTIMIZERS_BY_DEFAULT = ("adam", "sgd", "rmsprop")
+SECONDS_BY_DEFAULT = 150.0
+TRAINING_WEIGHT = 12.0
+BUSY_LOAD = 0.5  # of the cores
+BUSY_SPREAD = 0.1  # between the quartiles, of the median
+LARGE = 64 << 20  # bytes moved: what is smaller varies by itself
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case to measure."""
+
+    workload: Workload
+    optimizer: str
+    dtype: str
+
+    @property
+    def weight(self) -> float:
+        """Its share of the time: about the seconds that it takes."""
+        arrays = 2 + states_kept(self.optimizer)
+        gigabytes = arrays * self.workload.parameters * DTYPES[self.dtype].itemsize / 1e9
+        return 2 + 6 * gigabytes + len(self.workload.shapes) / 2500
+
+    def case(self) -> Case:
+        """The case, before it is measured."""
+        states = states_kept(self.optimizer)
+        size = self.workload.parameters * DTYPES[self.dtype].itemsize
+        return Case(
+            workload=self.workload.name,
+            title=self.workload.title,
+            optimizer=self.optimizer,
+            dtype=self.dtype,
+            tensors=len(self.workload.shapes),
+            parameters=self.workload.parameters,
+            states=states,
+            bytes_moved=size * ((2 + states) + (1 + states)),
+        )
+
+
+def plan(
+    workloads: Sequence[str] | None = None,
+    optimizers: Sequence[str] | None = None,
+    dtype: str | None = None,
+    model: str | None = None,
+) -> list[Task]:
+    """The cases to measure, workload by workload.
+
+    Args:
+        workloads: Names in :data:`WORKLOADS`; None for all of them, or for none with ``model``.
+        optimizers: Names such as "adam"; None for adam, sgd (with momentum) and rmsprop.
+        dtype: A name in :data:`DTYPES`; None for float32, and where ``optimizers`` is None too,
+            for adam in bfloat16 on the large workloads besides.
+        model: "package.module:callable", whose model is a workload too.
+
+    Raises:
+        ValueError: An unknown name, with those that there are.
+    """
+    chosen = [workload_named(name) for name in workloads or ([] if model else WORKLOADS)]
+    if model:
+        chosen.append(workload_of_model(model))
+    names = list(dict.fromkeys(optimizers or OPTIMIZERS_BY_DEFAULT))
+    for name in names:
+        optimizer_named(name)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"no dtype '{dtype}'; there are {', '.join(DTYPES)}")
+    tasks = []
+    for workload in dict.fromkeys(chosen):
+        tasks += [Task(workload, name, dtype or "float32") for name in names]
+        if dtype is None and not optimizers and workload.name in ("gpt2", "flat"):
+            tasks.append(Task(workload, "adam", "bfloat16"))
+    return tasks
+
+
+def run(
+    tasks: Sequence[Task] | None = None,
+    *,
+    threads: int | None = None,
+    rounds: int | None = None,
+    seconds: float = SECONDS_BY_DEFAULT,
+    slow_paths: bool = True,
+    whole_step: bool = True,
+    on_case: Callable[[Case], object] = lambda case: None,
+    on_training: Callable[[Training], object] = lambda training: None,
+    on_progress: Callable[[float, str], object] = lambda done, label: None,
+) -> Report:
+    """Measures updates against the machine's limit and against torch's own.
+
+    Args:
+        tasks: What to measure, as from :func:`plan`; None for the default.
+        threads: How many threads to use; None for as many as torch does.
+        rounds: How often each implementation takes its turn; None for as often as time allows.
+        seconds: How long it should take in all; a least number of rounds may take longer.
+        slow_paths: Whether to measure torch's for-loop and foreach where it has a fused path.
+        whole_step: Whether to measure backward, step and zero_grad of a real model too.
+        on_case: Called with each case when it is done.
+        on_training: Called with the whole step's results.
+        on_progress: Called with the share of the work that is done, and what is next.
+
+    Returns:
+        The report; after an interrupt from the keyboard, of what was measured so far.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_before)
+    session = _Session(plan() if tasks is None else tasks, seconds, whole_step, on_progress)
+    try:
+        session.measure_cases(rounds, slow_paths, on_case)
+        if whole_step:
+            session.measure_training(rounds, on_training)
+    except KeyboardInterrupt:
+        session.report.interrupted = True
+    finally:
+        torch.set_num_threads(threads_before)
+    session.finish()
+    return session.report
+
+
+class _Session:
+    """The report of one :func:`run`, and its time."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        seconds: float,
+        whole_step: bool,
+        on_progress: Callable[[float, str], object],
+    ):
+        self.tasks = tasks
+        self.on_progress = on_progress
+        self.report = Report(_machine())
+        self.start = perf_counter()
+        self.deadline = self.start + seconds
+        self.all = sum(task.weight for task in tasks) + whole_step * TRAINING_WEIGHT
+        self.left = self.all
+        load, cores = os.getloadavg()[0], self.report.machine.cores
+        if load > BUSY_LOAD * cores:
+            self.report.warnings.append(
+                f"the machine was busy at the start (load average {load:.1f} on {cores} cores): "
+                "if something still runs, the times are too high"
+            )
+
+    @contextmanager
+    def _turn(self, weight: float, label: str) -> Iterator[tuple[float, Callable[[float], object]]]:
+        """A share of the time that is left: when it ends, and how to tell the progress."""
+
+        def tell(done: float) -> None:
+            self.on_progress((self.all - self.left + weight * done) / self.all, label)
+
+        tell(0)
+        now = perf_counter()
+        yield now + (self.deadline - now) * weight / self.left, tell
+        tell(1)
+        self.left -= weight
+
+    def measure_cases(
+        self, rounds: int | None, slow_paths: bool, on_case: Callable[[Case], object]
+    ) -> None:
+        """Measures every case; those of one workload and dtype share its tensors."""
+        for (workload, dtype), group in groupby(self.tasks, lambda t: (t.workload, t.dtype)):
+            tasks = list(group)
+            refusals = [memory.refusal(workload, t.optimizer, DTYPES[dtype]) for t in tasks]
+            tensors: Tensors | None = None
+            streams = Streams(workload.parameters * DTYPES[dtype].itemsize)
+            sample = Sample(workload.shapes)
+            for task, refused in zip(tasks, refusals, strict=True):
+                measured = task.case()
+                measured.refused = refused
+                self.report.cases.append(measured)
+                try:
+                    with self._turn(task.weight, str(measured)) as (until, on_progress):
+                        if refused is None:
+                            tensors = tensors or Tensors(workload, DTYPES[dtype])
+                            paths = torch_paths(task.optimizer, slow=slow_paths)
+                            case.measure(
+                                measured,
+                                tensors,
+                                streams,
+                                sample,
+                                paths,
+                                until,
+                                rounds,
+                                on_progress,
+                            )
+                            gc.collect()
+                finally:
+                    if measured.refused or measured.results:
+                        on_case(measured)
+
+    def measure_training(
+        self, rounds: int | None, on_training: Callable[[Training], object]
+    ) -> None:
+        """Measures the whole step."""
+        model = training.SmallGPT()
+        needed, available = training.bytes_needed(model), memory.bytes_available()
+        if available is not None and needed > available:
+            self.report.warnings.append(
+                f"the whole step was left out: it needs {needed / 1e9:.3g} GB of memory, and "
+                f"{available / 1e9:.3g} GB are available"
+            )
+            return
+        measured = self.report.training = training.new(model)
+        try:
+            with self._turn(TRAINING_WEIGHT, "whole step") as (until, tell):
+                training.measure(measured, model, until, rounds, tell)
+        finally:
+            if measured.results:
+                on_training(measured)
+
+    def finish(self) -> None:
+        """Adds what only the end shows."""
+        self.report.seconds = perf_counter() - self.start
+        restless = {
+            str(case): None
+            for case in self.report.cases
+            for result in case.results
+            if result.timing is not None
+            and result.timing.spread > BUSY_SPREAD
+            and case.bytes_moved > LARGE
+        }
+        if restless:
+            self.report.warnings.append(
+                f"times vary by more than {BUSY_SPREAD:.0%} in {'; '.join(restless)}: "
+                "something else was running"
+            )
+
+
+def _machine() -> Machine:
+    try:
+        names = re.findall(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return Machine(
+        cpu=names[0] if names else platform.processor() or platform.machine(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        isa=flatstep.cpu_isa(),
+        flatstep=flatstep.__version__,
+        torch=torch.__version__,
+        system=f"{platform.system()} {platform.release()}",
+    )

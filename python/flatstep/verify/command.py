@@ -1,0 +1,125 @@
+"""The command ``flatstep verify``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+import flatstep
+from flatstep.cli import facts
+from flatstep.verify import cases, runner
+from flatstep.verify.report import show
+from flatstep.verify.results import Report
+from flatstep.verify.runner import OnProgress
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+
+def _only(what: str, metavar: str) -> Any:
+    return typer.Option(help=f"Only {what}; repeatable.", metavar=metavar)
+
+
+def verify(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes: under a minute.")] = False,
+    rule: Annotated[list[str] | None, _only("this rule", "NAME")] = None,
+    variant: Annotated[
+        list[str] | None, _only("these flags, as in amsgrad+l2, or plain", "FLAGS")
+    ] = None,
+    dtype: Annotated[list[str] | None, _only("this dtype", "NAME")] = None,
+    isa: Annotated[list[str] | None, _only("this instruction set", "NAME")] = None,
+    threads: Annotated[list[int] | None, _only("this many threads", "N")] = None,
+    size: Annotated[list[int] | None, _only("this many elements", "N")] = None,
+    setup: Annotated[
+        list[int] | None,
+        _only(f"this set of hyper-parameters, 0 to {len(cases.SETUPS) - 1}", "N"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random values.", metavar="N")] = 0,
+    torch: Annotated[
+        bool, typer.Option("--torch/--no-torch", help="Measure the distance to torch.optim too.")
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Write the report here.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Prove on this machine that every kernel has the bits of the NumPy reference.
+
+    Every rule, variant, dtype, instruction set, number of threads and size, with zeros,
+    subnormals, infinities and NaN, at addresses that are not aligned. Where anything differs, it
+    says where and how to see it again. Exit codes: 1 where anything differed, 130 after Ctrl-C.
+    """
+    console = Console()
+    try:
+        selection = cases.select(
+            quick=quick,
+            rules=rule,
+            variants=variant,
+            dtypes=dtype,
+            isas=isa,
+            threads=threads,
+            sizes=size,
+            setups=setup,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if output and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {output.parent}")
+    report = runner.start(selection)
+    try:
+        console.print(
+            f"flatstep {flatstep.__version__}: {report.planned:,} cases on "
+            f"{', '.join(report.isas)}; threads {', '.join(map(str, report.threads))}; "
+            f"seed {seed}",
+            highlight=False,
+        )
+        with _progress(console, "the reference") as on_progress:
+            runner.compare(selection, report, on_progress)
+        if torch:
+            with _progress(console, "torch.optim") as on_progress:
+                runner.measure(selection, report, on_progress)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    show(report, console)
+    if output:
+        found = {"environment": facts(), **report.to_dict()}
+        output.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+    raise typer.Exit(_exit_code(report))
+
+
+def _exit_code(report: Report) -> int:
+    if report.interrupted:
+        return INTERRUPTED
+    return 0 if report.ok else 1
+
+
+@contextmanager
+def _progress(console: Console, against: str) -> Iterator[OnProgress]:
+    """A bar with the time left, on a terminal only."""
+    with Progress(
+        TextColumn("against {task.fields[against]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task: TaskID = progress.add_task("", against=against, total=None)
+        yield lambda done, total, what: progress.update(
+            task, completed=done, total=total, description=what
+        )
