@@ -35,8 +35,8 @@ py::list describe_rules() {
 py::list describe_layouts() {
   py::list described;
   for (const LayoutInfo& layout : layouts()) {
-    described.append(py::make_tuple(name_of(layout.param), name_of(layout.grad),
-                                    name_of(layout.state)));
+    described.append(
+        py::make_tuple(name_of(layout.param), name_of(layout.grad), name_of(layout.state)));
   }
   return described;
 }
@@ -59,15 +59,18 @@ void update(const std::string& rule_name, unsigned flags, int layout, std::uintp
             const std::vector<double>& hyper, std::int64_t step, double scale, int threads) {
   const RuleInfo& rule = find_rule(rule_name);
   if (flags >= rule.allowed.size() || !rule.allowed[flags]) {
-    throw std::invalid_argument("rule '" + rule.name + "' has no variant " +
-                                std::to_string(flags));
+    throw std::invalid_argument("rule '" + rule.name + "' has no variant " + std::to_string(flags));
   }
   if (layout < 0 || layout >= Layouts::kCount) throw std::invalid_argument("no such layout");
   if (hyper.size() != rule.hyper.size()) throw std::invalid_argument("wrong number of hyper");
   if (step < 1) throw std::invalid_argument("step counts from 1");
   if (count < 0) throw std::invalid_argument("count must not be negative");
-  Segment segment{{pointer(param), pointer(grad), {}}, count,
-                  find_kernel(rule, flags, layout),    nullptr, nullptr, 0};
+  Segment segment{{pointer(param), pointer(grad), {}},
+                  count,
+                  find_kernel(rule, flags, layout),
+                  nullptr,
+                  nullptr,
+                  0};
   std::size_t given = 0;
   bool complete = param && grad;
   for (int i = 0; i < kMaxStates; ++i) {
@@ -102,8 +105,9 @@ void traffic(const std::vector<std::uintptr_t>& addresses, int written, std::int
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() = "The kernels of flatstep. Addresses and sizes are taken at their word: "
-                 "the Python package checks them.";
+  module.doc() =
+      "The kernels of flatstep. Addresses and sizes are taken at their word: "
+      "the Python package checks them.";
 
   module.def("rules", &describe_rules);
   module.def("layouts", &describe_layouts);

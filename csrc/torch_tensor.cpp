@@ -1,5 +1,7 @@
 #include "torch_tensor.h"
 
+#include <pybind11/stl.h>
+
 #include <cstring>
 #include <stdexcept>
 
@@ -113,9 +115,7 @@ void connect(py::object exchange_capsule, py::object tensor_type, py::object par
   if (!torch.local_tensor) torch.local_tensor = PyUnicode_InternFromString("_local_tensor");
 }
 
-void connect_dtensor(py::object dtensor_type) {
-  torch.dtensor_type = dtensor_type.release().ptr();
-}
+void connect_dtensor(py::object dtensor_type) { torch.dtensor_type = dtensor_type.release().ptr(); }
 
 bool is_plain(PyObject* tensor) {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import flatstep
 from flatstep import _core, verify
 from flatstep.verify import cases, compare, names, torch_distance
 
@@ -240,6 +241,27 @@ def test_flatstep_is_the_reference_and_torch_is_near() -> None:
         assert found[optimizer, "foreach"].lost == 0
     assert ("SGD", "fused") in found
     assert ("RMSprop", "fused") not in found
+
+
+def test_a_path_that_torch_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_distance.PATHS, "both", {"foreach": True, "fused": True})
+    report = verify.run(rules=["sgd"], dtypes=["float32"], sizes=[1])
+    assert "both" not in {distance.implementation for distance in report.distances}
+
+
+def test_an_optimizer_that_leaves_the_reference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = flatstep.SGD.variant
+
+    def other_variant(self: flatstep.SGD, group: dict[str, Any]) -> Any:
+        found = variant(self, group)
+        changed = self.state and group["nesterov"]
+        return found._replace(hyper=[found.hyper[0] * 2, *found.hyper[1:]]) if changed else found
+
+    monkeypatch.setattr(flatstep.SGD, "variant", other_variant)
+    report = verify.run(rules=["sgd"], dtypes=["float32"], sizes=[1])
+    assert not report.ok
+    assert not report.mismatched
+    assert [d.options for d in report.strayed] == ["momentum=0.9 nesterov=True weight_decay=0.1"]
 
 
 @pytest.mark.parametrize("dtype", cases.FORMATS)

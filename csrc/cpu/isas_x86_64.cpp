@@ -1,6 +1,4 @@
 // The instruction sets of a build for x86-64.
-#include <cpuid.h>
-
 #include "cpu/isa.h"
 
 namespace flatstep {
@@ -10,17 +8,5 @@ extern const Isa kAvx2;
 extern const Isa kScalar;
 
 const Isa* const kIsas[] = {&kAvx512, &kAvx2, &kScalar, nullptr};
-
-bool supports_avx2() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-  return __builtin_cpu_supports("avx2") && has_f16c;
-}
-
-bool supports_avx512() {
-  return supports_avx2() && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
 
 }  // namespace flatstep

@@ -101,17 +101,16 @@ void run_range(std::int64_t begin, std::int64_t end, void* job) {
 }  // namespace
 
 bool use_torch_threads(const char* path) {
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
   static_cast<void>(registered);
   torch_threads = {};
   void* library = path ? dlopen(path, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
   if (!library) return false;
   TorchThreads found;
-  found.parallel_for = reinterpret_cast<decltype(found.parallel_for)>(
-      dlsym(library, "torch_parallel_for"));
-  found.num_threads = reinterpret_cast<decltype(found.num_threads)>(
-      dlsym(library, "torch_get_num_threads"));
+  found.parallel_for =
+      reinterpret_cast<decltype(found.parallel_for)>(dlsym(library, "torch_parallel_for"));
+  found.num_threads =
+      reinterpret_cast<decltype(found.num_threads)>(dlsym(library, "torch_get_num_threads"));
   if (!found.parallel_for || !found.num_threads) return false;
   torch_threads = found;
   return true;

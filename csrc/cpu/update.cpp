@@ -29,7 +29,9 @@ struct Shares {
   std::int64_t total;
   int count;
 
-  std::int64_t bound(int index) const { return total / count * index + total % count * index / count; }
+  std::int64_t bound(int index) const {
+    return total / count * index + total % count * index / count;
+  }
 
   void run(int index) const {
     const IeeeMode ieee;
@@ -65,8 +67,7 @@ void run_update(const std::vector<Segment>& segments, int threads) {
       &shares);
 }
 
-void run_traffic(const std::vector<float*>& streams, int written, std::int64_t count,
-                 int threads) {
+void run_traffic(const std::vector<float*>& streams, int written, std::int64_t count, int threads) {
   struct Task {
     float* const* streams;
     Traffic traffic;

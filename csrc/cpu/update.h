@@ -10,7 +10,7 @@ namespace flatstep {
 
 struct Segment {
   Arrays arrays;
-  std::int64_t count;     // elements
+  std::int64_t count;  // elements
   Kernel kernel;
   const double* scalars;  // as the rule prepared them
   void* cleared;          // the gradient to set to zero behind the update, or null

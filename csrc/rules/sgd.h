@@ -14,7 +14,9 @@ struct SGD {
 
   enum Flag : unsigned { kMomentum = 1, kNesterov = 2, kL2 = 4, kFlagEnd = 8 };
   static constexpr const char* kFlagNames[] = {"momentum", "nesterov", "l2"};
-  static constexpr bool allows(unsigned flags) { return (flags & kMomentum) || !(flags & kNesterov); }
+  static constexpr bool allows(unsigned flags) {
+    return (flags & kMomentum) || !(flags & kNesterov);
+  }
 
   enum State { kMomentumBuffer, kStateCount };
   static constexpr const char* kStateNames[] = {"momentum_buffer"};

@@ -92,8 +92,7 @@ struct Lanes<avx512::F32> {
   FLATSTEP_INLINE static void store(Float16* to, avx512::F32 a) {
     const __m256i rounded = _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __mmask16 nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
-    const __m256i result =
-        _mm256_mask_blend_epi16(nan, rounded, _mm256_set1_epi16(kFloat16NaN));
+    const __m256i result = _mm256_mask_blend_epi16(nan, rounded, _mm256_set1_epi16(kFloat16NaN));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), result);
   }
   FLATSTEP_INLINE static avx512::F32 all(float x) { return {_mm512_set1_ps(x)}; }

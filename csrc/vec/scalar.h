@@ -24,9 +24,7 @@ FLATSTEP_INLINE float maximum(float a, float b) { return a > b || a != a ? a : b
 FLATSTEP_INLINE double maximum(double a, double b) { return a > b || a != a ? a : b; }
 
 // Zero in place of a subnormal: such a state would never reach zero and slows every step.
-FLATSTEP_INLINE float snap(float x) {
-  return (bits_of(x) & 0x7fffffffU) < 0x00800000U ? 0.0F : x;
-}
+FLATSTEP_INLINE float snap(float x) { return (bits_of(x) & 0x7fffffffU) < 0x00800000U ? 0.0F : x; }
 FLATSTEP_INLINE double snap(double x) {
   return (bits_of(x) & 0x7fffffffffffffffULL) < 0x0010000000000000ULL ? 0.0 : x;
 }

@@ -10,8 +10,10 @@ import torch
 
 from flatstep import _core
 
-LIBRARY = Path(torch.__file__).parent / "lib" / (
-    "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+LIBRARY = (
+    Path(torch.__file__).parent
+    / "lib"
+    / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
 )
 
 # torch.dtype of each name in _core.layouts(); complex numbers are pairs of their parts.

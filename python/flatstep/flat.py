@@ -93,6 +93,7 @@ class FlatBuffer:
         self._data: list[torch.Tensor] = []
         self._grads: list[torch.Tensor] = []
         self._homes: list[_Home] = []
+        self._grad_of = WeakTensorKeyDictionary()
         kinds = dict.fromkeys((param.dtype, param.device) for _, param in named)
         with torch.no_grad():
             for dtype, device in kinds:
@@ -130,6 +131,7 @@ class FlatBuffer:
             param.data = view
             if grad is not None:
                 param.grad = grad
+                self._grad_of[param] = grad
             self._homes.append(_Home(TensorWeakRef(param), name, view, grad))
             _buffers[param] = self
         self._data.append(data)
@@ -196,9 +198,7 @@ class FlatBuffer:
 
     def clears(self, param: torch.Tensor) -> bool:
         """Whether a step is to clear the parameter's gradient: asked for, and still at home."""
-        return self._clear_gradients and any(
-            home.grad is param.grad for home in self._homes if home.param() is param
-        )
+        return self._clear_gradients and self._grad_of.get(param) is param.grad
 
     def mark_clean(self) -> None:
         """Notes that a step has just cleared the gradients."""

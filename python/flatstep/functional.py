@@ -9,6 +9,7 @@ overlap.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -283,7 +284,7 @@ def _update(
         if found.shape != first.shape:
             raise ValueError(f"{name} has shape {found.shape}, but param has {first.shape}")
     spans = sorted((found.address, found.bytes, name) for name, found in memory.items())
-    for (start, size, name), (next_start, _, next_name) in zip(spans, spans[1:], strict=False):
+    for (start, size, name), (next_start, _, next_name) in pairwise(spans):
         if size and start + size > next_start:
             raise ValueError(f"{name} and {next_name} overlap; pass arrays of their own memory")
     _core.update(

@@ -249,9 +249,7 @@ def update(
     wide = {name: widen(x, dtype) for name, x in states.items()}
     with np.errstate(all="ignore"):
         k = SimpleNamespace(**{name: compute(x) for name, x in prepared.items()})
-        new_p = RULES[rule].update(
-            widen(p, dtype), widen(g, dtype), wide, k, **flags, xp=NumpyMath
-        )
+        new_p = RULES[rule].update(widen(p, dtype), widen(g, dtype), wide, k, **flags, xp=NumpyMath)
     p[...] = narrow(new_p, dtype)
     for name, x in states.items():
         x[...] = narrow(wide[name], dtype)

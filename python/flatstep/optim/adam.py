@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -55,7 +55,7 @@ class Adam(Optimizer):
 
     rule = "adam"
     sparse_message = "Adam does not support sparse gradients, please consider SparseAdam instead"
-    later_options = {
+    later_options: ClassVar = {
         "amsgrad": False,
         "maximize": False,
         "foreach": None,

@@ -212,9 +212,7 @@ class Optimizer(torch.optim.Optimizer):
         ]
 
     def _route(self, found: Found) -> Route:
-        route = route_of(
-            found, differentiable=self.param_groups[found.group]["differentiable"]
-        )
+        route = route_of(found, differentiable=self.param_groups[found.group]["differentiable"])
         if route is Route.SPARSE and self.sparse_message is not None:
             raise RuntimeError(self.sparse_message)
         return route
@@ -232,12 +230,8 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = None
         connect_dtensor()
         everything = self._find()
-        routes = {
-            found: self._route(found) for found in everything if found.param.grad is not None
-        }
-        plain = [
-            found for found, route in routes.items() if route in (Route.KERNEL, Route.ALONE)
-        ]
+        routes = {found: self._route(found) for found in everything if found.param.grad is not None}
+        plain = [found for found, route in routes.items() if route in (Route.KERNEL, Route.ALONE)]
         for place in overlapping([local_of(found.param) for found in plain]):
             routes[plain[place]] = Route.ALONE  # one after the other, as torch would
         wanted = {
@@ -309,17 +303,13 @@ class Optimizer(torch.optim.Optimizer):
                 )
         step = state.get("step")
         if self._counts and step is not None and not 0 <= float(step) < 2**53:
-            raise ValueError(
-                f"state 'step' of {found.name} is {float(step)}; it must count from 0"
-            )
+            raise ValueError(f"state 'step' of {found.name} is {float(step)}; it must count from 0")
 
     def _has_foreign_states(self, found: Found, names: Iterable[str]) -> bool:
         """Whether a state is there that the kernel cannot take as it is."""
         state = self.state.get(found.param, {})
         tensors = [local_of(state[name]) for name in names if state.get(name) is not None]
-        return any(
-            not is_plain(tensor) or tensor.dtype != found.param.dtype for tensor in tensors
-        )
+        return any(not is_plain(tensor) or tensor.dtype != found.param.dtype for tensor in tensors)
 
     def _create_states(
         self, routes: dict[Found, Route], wanted: dict[Found, tuple[str, ...]]
@@ -374,9 +364,7 @@ class Optimizer(torch.optim.Optimizer):
         with torch.set_grad_enabled(differentiable):
             hyper = variant.hyper if differentiable else [float(x) for x in variant.hyper]
             names = dict(zip(RULES[self.rule]["hyper"], hyper, strict=True))
-            flags = {
-                name: bool(variant.flags & bit) for name, bit in flag_bits(self.rule).items()
-            }
+            flags = {name: bool(variant.flags & bit) for name, bit in flag_bits(self.rule).items()}
             state = self.state[param] if other.states or self._counts else {}
             tensors = {name: state[name] for name in other.states}
             step = int(state["step"]) + 1 if self._counts else 2 - other.first_step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -50,7 +50,7 @@ class RMSprop(Optimizer):
 
     rule = "rmsprop"
     sparse_message = "RMSprop does not support sparse gradients"
-    later_options = {
+    later_options: ClassVar = {
         "momentum": 0,
         "centered": False,
         "foreach": None,

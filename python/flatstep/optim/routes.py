@@ -61,8 +61,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 def same_order(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape lie in memory in the same order."""
     return all(
-        size <= 1 or x == y
-        for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+        size <= 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
 
 
@@ -156,11 +155,7 @@ def route_of(found: Found, *, differentiable: bool) -> Route:
     ):
         return Route.TORCH
     _refuse_memory(found, local_param, local_grad)
-    if (
-        is_dense(local_param)
-        and same_order(local_param, local_grad)
-        and is_resolved(local_grad)
-    ):
+    if is_dense(local_param) and same_order(local_param, local_grad) and is_resolved(local_grad):
         return Route.KERNEL
     return Route.ALONE
 

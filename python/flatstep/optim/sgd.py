@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -48,7 +48,7 @@ class SGD(Optimizer):
 
     rule = "sgd"
     sparse_message = None
-    later_options = {
+    later_options: ClassVar = {
         "nesterov": False,
         "maximize": False,
         "foreach": None,

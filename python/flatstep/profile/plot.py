@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatstep.profile.report import format_ms, machine_line
+from flatstep.profile.report import format_time, machine_line
 from flatstep.profile.results import Case, Report
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -77,7 +77,7 @@ def _draw_case(axes: Axes, case: Case, names: list[str]) -> None:
         else:
             share = 100 * limit.timing.median / result.timing.median
             axes.barh(place, share, height=0.78, color=COLORS[name])
-            time = f"{format_ms(result.timing.median)} ms"
+            time = format_time(result.timing.median)
             if share > 50:
                 _note(axes, share - 1.5, place, time, "white", "right")
             else:

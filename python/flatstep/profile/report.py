@@ -50,7 +50,7 @@ def case_table(case: Case) -> RenderableType:
 
 
 def _result_row(case: Case, result: Result) -> list[str]:
-    first = format_ms(result.first_step)
+    first = _ms(result.first_step)
     if result.timing is None or result.gb_per_s is None:
         problem = (result.problem or "").partition(":")[0]
         return [result.implementation, "", *[f"[{PROBLEM}]{problem}", "", "", ""], "", "", first]
@@ -81,7 +81,7 @@ def training_table(measured: Training) -> RenderableType:
         phases = [result.backward, result.step, result.zero_grad, result.total]
         table.add_row(
             result.way,
-            *(format_ms(timing.median if timing else None) for timing in phases),
+            *(_ms(timing.median if timing else None) for timing in phases),
             _spread(result.total),
             _ratio(result.to_torch, result.ours),
             style=style,
@@ -170,15 +170,19 @@ def _table(*columns: str) -> Table:
 
 def _time(timing: Timing, parameters: int, gb_per_s: float) -> list[str]:
     return [
-        format_ms(timing.median),
+        _ms(timing.median),
         _spread(timing),
         _significant(timing.median / parameters * 1e9),
         _significant(gb_per_s),
     ]
 
 
-def format_ms(seconds: float | None) -> str:
-    """Milliseconds, without the unit."""
+def format_time(seconds: float) -> str:
+    """Milli- or microseconds, with the unit."""
+    return f"{_significant(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def _ms(seconds: float | None) -> str:
     return "" if seconds is None else _significant(seconds * 1e3)
 
 

@@ -61,7 +61,7 @@ def verify(
     subnormals, infinities and NaN, at addresses that are not aligned. Where anything differs, it
     says where and how to see it again. Exit codes: 1 where anything differed, 130 after Ctrl-C.
     """
-    console = Console()
+    console = Console(highlight=False)
     try:
         selection = cases.select(
             quick=quick,
@@ -84,7 +84,6 @@ def verify(
             f"flatstep {flatstep.__version__}: {report.planned:,} cases on "
             f"{', '.join(report.isas)}; threads {', '.join(map(str, report.threads))}; "
             f"seed {seed}",
-            highlight=False,
         )
         with _progress(console, "the reference") as on_progress:
             runner.compare(selection, report, on_progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +20,9 @@ ISSUES = "https://github.com/flatstep/flatstep/issues"
 def show(report: Report, console: Console) -> None:
     """Prints the tables, the first mismatches and the verdict."""
     if report.tallies:
-        console.print(_tallies(report), end="\n\n")
+        console.print(_tallies(report), "")
     if report.distances:
-        console.print(_distances(report), end="\n\n")
+        console.print(_distances(report), "")
     firsts: dict[tuple[str, str, str], Mismatch] = {}
     for mismatch in report.mismatches:
         firsts.setdefault((mismatch.rule, mismatch.dtype, mismatch.isa), mismatch)
@@ -30,8 +31,8 @@ def show(report: Report, console: Console) -> None:
     if len(report.mismatches) > SHOWN:
         console.print(f"{len(report.mismatches)} variants differ: --json FILE keeps all of them.")
     for name in report.names:
-        console.print(f"[red]{name}[/]", highlight=False)
-    console.print(_verdict(report), highlight=False)
+        console.print(f"[red]{name}[/]")
+    console.print(_verdict(report))
 
 
 def _table(title: str, caption: str) -> Table:
@@ -89,7 +90,7 @@ def _tallies(report: Report) -> Table:
 def _distances(report: Report) -> Table:
     implementations = ("flatstep", *PATHS)
     table = _table(
-        f"Distance of the parameters from the reference's after {STEPS} steps",
+        f"Parameters after {STEPS} steps: distance from the reference, torch {torch.__version__}",
         "worst / mean, in ULP of the dtype; flatstep's is 0, torch's is said, not judged",
     )
     table.add_column("optimizer")
@@ -110,7 +111,7 @@ def _distances(report: Report) -> Table:
         mean = sum(distance.mean for distance in distances) / len(distances)
         lost = max(distance.lost for distance in distances)
         text = f"{worst:,} / {mean:.2g}" if worst else "0"
-        return f"{text}\n{lost:.0%} NaN or Inf" if lost else text
+        return f"{text}\n{lost:.0%} NaN/Inf" if lost else text
 
     return _add_rows(
         table,
@@ -133,12 +134,11 @@ def _show_mismatch(mismatch: Mismatch, console: Console) -> None:
     numbers = {"step": m.step, "scale": m.scale, **m.hyper}
     console.print(
         f"[red bold]✗ {m.rule} {m.variant}[/], {m.dtype}, {m.isa}, {threads}, {elements}",
-        highlight=False,
     )
-    console.print(_where(m), highlight=False)
+    console.print(_where(m))
     console.print(rows)
     console.print(", ".join(f"{name} {value:g}" for name, value in numbers.items()), style="dim")
-    console.print(f"repeat: {m.command}\n", highlight=False, soft_wrap=True)
+    console.print(f"repeat: {m.command}\n", soft_wrap=True)
 
 
 def _cells(value: Value) -> tuple[str, str]:
@@ -163,10 +163,16 @@ def _verdict(report: Report) -> str:
         return f"{ran}: run it again, or a part of it with --rule, --dtype and --isa."
     if report.names:
         return "[red bold]Nothing was compared: the names above must agree first.[/]"
+    please = f"please report it, with this output and that of `flatstep info`, at {ISSUES}"
     if report.mismatched:
         return (
             f"[red bold]{report.mismatched:,} of {report.cases:,} cases differ[/] ({took}). "
-            f"Repeat the first with its command; if it differs again, please report it, with this "
-            f"output and that of `flatstep info`, at {ISSUES}"
+            f"Repeat the first with its command; if it differs again, {please}"
+        )
+    if report.strayed:
+        runs = ", ".join(f"{d.optimizer} {d.dtype} ({d.options})" for d in report.strayed)
+        return (
+            f"[red bold]The kernels have the reference's bytes, the optimizers have not:[/] {runs} "
+            f"({took}): {please}"
         )
     return f"[green bold]✓ All {report.cases:,} cases have the reference's bytes[/] ({took})."

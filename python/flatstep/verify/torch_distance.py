@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator
@@ -74,7 +75,9 @@ def _distances(name: str, options: dict[str, Any], dtype: str) -> list[Distance]
     accepted = inspect.signature(torchs).parameters
     for path, choice in PATHS.items():
         if choice.keys() <= accepted.keys():
-            trained[path] = _train(torchs, options | choice, dtype)
+            # Older torch lacks some paths for some dtypes.
+            with contextlib.suppress(RuntimeError):
+                trained[path] = _train(torchs, options | choice, dtype)
     label = " ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
     found = []
     for implementation, bits in trained.items():

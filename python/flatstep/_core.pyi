@@ -1,0 +1,93 @@
+"""
+The kernels of flatstep. Addresses and sizes are taken at their word: the Python package checks them.
+"""
+
+from __future__ import annotations
+import collections.abc
+import typing
+
+__all__: list[str] = [
+    "Plan",
+    "advise_huge_pages",
+    "connect",
+    "connect_dtensor",
+    "isa",
+    "isas",
+    "layouts",
+    "rules",
+    "traffic",
+    "update",
+    "use_isa",
+    "use_torch_threads",
+]
+
+class Plan:
+    def __init__(self, rule: str) -> None: ...
+    def add(
+        self,
+        group: typing.SupportsInt | typing.SupportsIndex,
+        param: typing.Any,
+        states: list,
+        step: typing.Any,
+        first_step: bool,
+        cleared: typing.Any,
+    ) -> None: ...
+    def add_other(
+        self,
+        group: typing.SupportsInt | typing.SupportsIndex,
+        param: typing.Any,
+        without_gradient: bool,
+    ) -> None: ...
+    def begin(
+        self, flags: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
+    ) -> None: ...
+    def end(self, state: dict) -> None: ...
+    def matches(
+        self,
+        groups: list,
+        state: dict,
+        flags: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> bool: ...
+    def step(
+        self,
+        hyper: collections.abc.Sequence[
+            collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]
+        ],
+        scales: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> typing.Any: ...
+    @property
+    def segments(self) -> int: ...
+
+def advise_huge_pages(
+    address: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+    wanted: bool,
+) -> bool: ...
+def connect(exchange: typing.Any, tensor_type: typing.Any, parameter_type: typing.Any) -> None: ...
+def connect_dtensor(dtensor_type: typing.Any) -> None: ...
+def isa() -> str: ...
+def isas() -> list: ...
+def layouts() -> list: ...
+def rules() -> list: ...
+def traffic(
+    streams: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    written: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def update(
+    rule: str,
+    flags: typing.SupportsInt | typing.SupportsIndex,
+    layout: typing.SupportsInt | typing.SupportsIndex,
+    param: typing.SupportsInt | typing.SupportsIndex,
+    grad: typing.SupportsInt | typing.SupportsIndex,
+    states: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    count: typing.SupportsInt | typing.SupportsIndex,
+    hyper: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    step: typing.SupportsInt | typing.SupportsIndex,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def use_isa(name: str) -> None: ...
+def use_torch_threads(library: str | None) -> bool: ...
