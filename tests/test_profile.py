@@ -238,22 +238,23 @@ def test_a_smaller_dtype_is_proposed_where_it_fits(monkeypatch: pytest.MonkeyPat
     assert memory.refusal(WORKLOADS["flat"], "adam", torch.bfloat16) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_more_memory_is_taken_than_was_asked_for():
     code = """
-import resource, torch
+import re, torch
 from flatstep import profile
 from flatstep.profile import memory
 workload = profile.Workload("", "", ((1 << 22,),) * 2)
 torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True).step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+most = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = most()
 report = profile.run([profile.Task(workload, "adam", "float32")], rounds=1, whole_step=False)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert not report.problems, report.problems
-print((after - before) * 1024 / memory.bytes_needed(workload, "adam", torch.float32))
+print((most() - before) * 1024 / memory.bytes_needed(workload, "adam", torch.float32))
 """
     run = [sys.executable, "-c", code]
     share = float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
-    assert share < 1.05
+    assert 0.5 < share < 1.05
 
 
 # ---- the whole step

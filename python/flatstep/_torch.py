@@ -29,6 +29,8 @@ LAYOUT: dict[tuple[str, str, str], int] = {
     layout: index for index, layout in enumerate(_core.layouts())
 }
 
+dtensor: type | None = None
+
 _increments_many = "Iterable" in str(
     getattr(torch.autograd.graph.increment_version, "__annotations__", {}).get("tensor", "")
 )
@@ -41,13 +43,18 @@ def connect() -> None:
     _core.use_torch_threads(str(LIBRARY))
 
 
-def connect_dtensor() -> type | None:
-    """The class of DTensor once torch has loaded it: it takes a second that few need."""
+def connect_dtensor() -> None:
+    """Learns of DTensor once torch has loaded it: that takes a second that few need."""
+    global dtensor
     module = sys.modules.get("torch.distributed.tensor")
-    dtensor: type | None = getattr(module, "DTensor", None)
+    dtensor = getattr(module, "DTensor", None)
     if dtensor is not None:
         _core.connect_dtensor(dtensor)
-    return dtensor
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a DTensor, as far as that class was known at the last step."""
+    return type(tensor) is dtensor
 
 
 def increment_version(tensors: Iterable[torch.Tensor]) -> None:

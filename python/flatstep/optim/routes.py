@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flatstep import _core
-from flatstep._torch import LAYOUT, STORED, connect_dtensor
+from flatstep._torch import LAYOUT, STORED, is_dtensor
 
 
 class Route(enum.Enum):
@@ -21,8 +21,9 @@ class Route(enum.Enum):
     SPARSE = enum.auto()  # SGD with sparse gradients, through torch's operations
 
 
-class Found(NamedTuple):
-    """A parameter with a gradient, and where it was found."""
+@dataclass(eq=False)  # compared and hashed by identity: cheap for thousands
+class Found:
+    """A parameter, and where it was found."""
 
     param: torch.Tensor
     name: str
@@ -31,6 +32,8 @@ class Found(NamedTuple):
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill a piece of memory, in whatever order, each once."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 0:
@@ -49,6 +52,8 @@ def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two elements may be the same memory, as in an expanded tensor."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -60,7 +65,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def same_order(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape lie in memory in the same order."""
-    return all(
+    return a.stride() == b.stride() or all(
         size <= 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
 
@@ -75,8 +80,7 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """The local tensor of a DTensor, and any other tensor itself."""
-    dtensor = connect_dtensor()
-    if dtensor is not None and type(tensor) is dtensor:
+    if is_dtensor(tensor):
         return tensor._local_tensor  # type: ignore[attr-defined, no-any-return]
     return tensor
 
