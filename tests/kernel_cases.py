@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, float]] = {
         "eps": 1e-8,
         "weight_decay": 0.01,
         "momentum": 0.9,
-        "dampening": 0.0,
+        "dampening": 0.1,
     },
     "unusual": {
         "lr": 0.3,

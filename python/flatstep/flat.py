@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -19,29 +19,37 @@ from flatstep.optim.routes import (
 
 _ALIGNMENT = 64  # bytes
 
+Named = list[tuple[str | int, torch.Tensor]]
 
-class _Home(NamedTuple):
+
+@dataclass(eq=False, slots=True)
+class _Home:
     """Where a parameter and its gradient live in a buffer."""
 
     param: TensorWeakRef
-    name: str
+    name: str | int
     data: torch.Tensor
-    grad: torch.Tensor | None
+    grad_memory: torch.Tensor | None
+    grad: torch.Tensor | None = None  # the view of it that the parameter carries
+
+    def has(self, param: torch.Tensor) -> bool:
+        return param.data_ptr() == self.data.data_ptr() and param.dtype == self.data.dtype
+
+    def has_gradient(self, param: torch.Tensor) -> bool:
+        """Whether it is the view, and an assignment to `.data` has not moved the view itself."""
+        grad, memory = self.grad, self.grad_memory
+        if grad is None or memory is None or param.grad is not grad:
+            return False
+        return grad.data_ptr() == memory.data_ptr()
+
+    def attach_gradient(self, param: torch.Tensor) -> None:
+        if self.grad_memory is not None:
+            self.grad = param.grad = self.grad_memory.detach()
 
 
-_buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The last buffer that each parameter was moved into.
+_places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _generation = 0
-
-
-def buffer_of(param: torch.Tensor) -> FlatBuffer | None:
-    """The buffer that the parameter was moved into last, if any."""
-    buffer: FlatBuffer | None = _buffers.get(param)
-    return buffer
-
-
-def generation() -> int:
-    """How many buffers have been made: what was learned of them before may be out of date."""
-    return _generation
 
 
 class FlatBuffer:
@@ -50,7 +58,8 @@ class FlatBuffer:
     Each parameter becomes a view into the buffer, at a multiple of 64 bytes, in its own shape and
     memory order; the objects stay the same, so that modules, tied parameters, ``state_dict`` and
     optimizers go on as before. The buffers are 64-byte aligned and lie on 2 MiB pages where the
-    system grants them. An update of neighbours in a buffer is one walk over memory.
+    system grants them. An update of neighbours in a buffer is one walk over memory. Frozen
+    parameters come last and have no gradients here.
 
     Flat gradients have a price outside the update: autograd adds into a view where it would hand
     over its own tensor, and clearing them is a pass of its own. ``zero_grad()`` of the optimizer
@@ -59,6 +68,10 @@ class FlatBuffer:
     always has one, so that it is updated also where ``backward()`` did not reach it, as with
     ``zero_grad(set_to_none=False)`` in torch.
 
+    ``torch.save`` writes a buffer once. Plain ``pickle`` writes the whole buffer for every view,
+    and ``torch.save`` of a few of the parameters writes all of it, as with any views in torch:
+    clone the tensors first.
+
     Args:
         params: The parameters, or (name, parameter) pairs. Move the model to its device and dtype
             first: a parameter that is moved afterwards leaves the buffer.
@@ -66,9 +79,10 @@ class FlatBuffer:
         clear_gradients: Whether ``step()`` of a flatstep optimizer leaves the gradients zero.
 
     Raises:
-        TypeError: A parameter is not a plain, strided CPU tensor of a dtype that flatstep updates.
-        ValueError: No parameters, a parameter that overlaps itself or another one, or
-            ``clear_gradients`` without ``gradients``. Nothing has been moved.
+        TypeError: A parameter is not a plain, strided CPU tensor of a dtype that flatstep updates,
+            or its gradient is not one of the same dtype.
+        ValueError: No parameters, a parameter without memory of its own, or ``clear_gradients``
+            without ``gradients``. Nothing has been moved.
 
     Example:
         >>> model = torch.nn.Linear(64, 64)
@@ -78,7 +92,7 @@ class FlatBuffer:
 
     def __init__(
         self,
-        params: Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+        params: Iterable[torch.Tensor] | Iterable[tuple[str | int, torch.Tensor]],
         gradients: bool = True,
         *,
         clear_gradients: bool = False,
@@ -87,61 +101,84 @@ class FlatBuffer:
         if clear_gradients and not gradients:
             raise ValueError("clear_gradients needs gradients=True: there is nothing else to clear")
         named = _named(params)
-        _check(named)
+        _check(named, gradients)
+        # Neighbours are updated in one walk; what is frozen would stand between them.
+        named.sort(key=lambda item: not item[1].requires_grad)
         self._clear_gradients = clear_gradients
         self._clean: list[int] = []
         self._data: list[torch.Tensor] = []
         self._grads: list[torch.Tensor] = []
         self._homes: list[_Home] = []
-        self._grad_of = WeakTensorKeyDictionary()
         kinds = dict.fromkeys((param.dtype, param.device) for _, param in named)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for dtype, device in kinds:
-                self._house(
+                self._furnish(
                     [(n, p) for n, p in named if (p.dtype, p.device) == (dtype, device)],
                     dtype,
                     device,
                     gradients,
                 )
+            for home in self._homes:
+                self._move(home)
+        self._gradient_count = sum(home.grad is not None for home in self._homes)
         _generation += 1
 
-    def _house(
-        self,
-        named: list[tuple[str, torch.Tensor]],
-        dtype: torch.dtype,
-        device: torch.device,
-        gradients: bool,
+    def _furnish(
+        self, named: Named, dtype: torch.dtype, device: torch.device, gradients: bool
     ) -> None:
+        """Makes the buffers of a kind, with copies of everything in its place."""
         step = _ALIGNMENT // dtype.itemsize
-        starts, end = [], 0
+        starts, end, grads_end = [], 0, 0
         for _, param in named:
             starts.append((end + step - 1) // step * step)
             end = starts[-1] + param.numel()
+            grads_end = end if gradients and param.requires_grad else grads_end
         data = empty_flat(end, dtype, device).zero_()
-        grads = empty_flat(end, dtype, device).zero_() if gradients else None
+        grads = empty_flat(grads_end, dtype, device).zero_()
         for (name, param), start in zip(named, starts, strict=True):
             stride = dense_stride(param)
             view = data.as_strided(param.shape, stride, start).copy_(param)
             grad = None
-            if grads is not None and param.requires_grad:
+            if gradients and param.requires_grad:
                 grad = grads.as_strided(param.shape, stride, start)
                 if param.grad is not None:
                     grad.copy_(param.grad)
-                param.grad = None  # a gradient must fit the data that it had
-            param.data = view
-            if grad is not None:
-                param.grad = grad
-                self._grad_of[param] = grad
             self._homes.append(_Home(TensorWeakRef(param), name, view, grad))
-            _buffers[param] = self
         self._data.append(data)
-        if grads is not None:
+        if gradients:
             self._grads.append(grads)
+
+    def _move(self, home: _Home) -> None:
+        param = home.param()
+        grad = param.grad
+        param.grad = None
+        param.data = home.data
+        param.grad = grad
+        home.attach_gradient(param)
+        _places[param] = (self, home)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copies and pickles of a buffer are new ones, of the copies of its parameters."""
+        named = [(home.name, param) for param, home in self._residents()]
+        return _make, (named, self.has_gradients, self.clears_gradients)
+
+    def _residents(self) -> list[tuple[torch.Tensor, _Home]]:
+        """The parameters that have not been moved into another buffer."""
+        return [
+            (param, home)
+            for home in self._homes
+            if (param := home.param()) is not None and _places[param][0] is self
+        ]
 
     @property
     def has_gradients(self) -> bool:
         """Whether the gradients live here too."""
         return bool(self._grads)
+
+    @property
+    def clears_gradients(self) -> bool:
+        """Whether steps are to clear the gradients."""
+        return self._clear_gradients
 
     @property
     def data(self) -> list[torch.Tensor]:
@@ -161,23 +198,26 @@ class FlatBuffer:
             RuntimeError: A parameter or gradient has left its buffer.
         """
         self.check()
+        for param, home in self._residents():
+            if home.grad is not None and param.requires_grad and not home.has_gradient(param):
+                raise RuntimeError(
+                    f"the gradient of parameter {home.name!r} has left its FlatBuffer (replaced by "
+                    "zero_grad() of the model or an assignment to .grad); zero_grad() of the "
+                    "optimizer or of the buffer puts it back"
+                )
         return self._grads
 
     def check(self) -> None:
         """Makes sure that every parameter still lives here.
 
         Raises:
-            RuntimeError: One does not, after ``.to()``, ``.half()`` or an assignment to ``.data``.
+            RuntimeError: One does not, after ``.to()``, ``.half()``, an assignment to ``.data`` or
+                a move into another buffer.
         """
         for home in self._homes:
             param = home.param()
-            if param is not None and (
-                param.data_ptr() != home.data.data_ptr() or param.dtype != home.data.dtype
-            ):
-                raise RuntimeError(
-                    f"{home.name} has left its FlatBuffer (moved by .to(), .half() or an "
-                    "assignment to .data); make a new FlatBuffer after such a move"
-                )
+            if param is not None and not home.has(param):
+                raise _has_left(home)
 
     def zero_grad(self) -> None:
         """Sets every gradient to zero in place, and puts back those that were replaced.
@@ -185,25 +225,34 @@ class FlatBuffer:
         Raises:
             RuntimeError: A parameter has left its buffer.
         """
-        self.check()
-        for home in self._homes:
-            param = home.param()
-            if param is not None and home.grad is not None and param.grad is not home.grad:
-                param.grad = home.grad
+        residents = [(p, home) for p, home in self._residents() if home.grad_memory is not None]
+        self.clear(residents, everything=True)
+
+    def clear(
+        self, residents: list[tuple[torch.Tensor, _Home]], *, everything: bool = False
+    ) -> None:
+        """Does so for some of the parameters; one that is frozen by now is left without."""
+        for param, home in residents:
+            if not home.has(param):
+                raise _has_left(home)
+            if not param.requires_grad:
+                param.grad = None
+            elif not home.has_gradient(param):
+                home.attach_gradient(param)
                 self._clean = []
         if [grad._version for grad in self._grads] == self._clean:
             return
-        for grad in self._grads:
-            grad.zero_()
+        if everything or len(residents) == self._gradient_count:
+            for grad in self._grads:
+                grad.zero_()
+        else:
+            torch._foreach_zero_([home.grad_memory for _, home in residents])
 
-    def clears(self, param: torch.Tensor) -> bool:
-        """Whether a step is to clear the parameter's gradient: asked for, and still at home."""
-        return self._clear_gradients and self._grad_of.get(param) is param.grad
-
-    def mark_clean(self) -> None:
-        """Notes that a step has just cleared the gradients."""
+    def mark_cleared(self, count: int) -> None:
+        """Notes that a step has just cleared this many gradients."""
         increment_version(self._grads)
-        self._clean = [grad._version for grad in self._grads]
+        if count == self._gradient_count:
+            self._clean = [grad._version for grad in self._grads]
 
 
 def flatten_(
@@ -216,40 +265,123 @@ def flatten_(
     return FlatBuffer(module.named_parameters(), gradients, clear_gradients=clear_gradients)
 
 
+class Housed:
+    """The parameters of an optimizer, by the buffer that holds their gradients."""
+
+    def __init__(self, params: list[torch.Tensor]) -> None:
+        self._params = params  # kept alive, so that the key is nobody else's
+        self._key = self._key_of(params)
+        self._inside: dict[FlatBuffer, list[tuple[torch.Tensor, _Home]]] = {}
+        self.outside: list[torch.Tensor] = []
+        for param in {id(param): param for param in params}.values():
+            buffer, home = _places.get(param, (None, None))
+            if home is None or home.grad_memory is None:
+                self.outside.append(param)
+            else:
+                self._inside.setdefault(buffer, []).append((param, home))
+
+    def __bool__(self) -> bool:
+        return bool(self._inside)
+
+    @staticmethod
+    def _key_of(params: list[torch.Tensor]) -> tuple[int, list[int]]:
+        return _generation, [id(param) for param in params]
+
+    def is_of(self, params: list[torch.Tensor]) -> bool:
+        """Whether these are the parameters, and no buffer has been made since."""
+        return self._key == self._key_of(params)
+
+    def zero_grad(self) -> None:
+        """Sets their gradients, and no others, to zero in place."""
+        for buffer, residents in self._inside.items():
+            buffer.clear(residents)
+
+
+def clearing_buffer(param: torch.Tensor) -> FlatBuffer | None:
+    """The buffer that wants steps to clear the parameter's gradient, if any."""
+    if not _generation:
+        return None
+    buffer, home = _places.get(param, (None, None))
+    clears = home is not None and buffer.clears_gradients and home.has_gradient(param)
+    return buffer if clears else None
+
+
+def _make(named: Named, gradients: bool, clear_gradients: bool) -> FlatBuffer:
+    return FlatBuffer(named, gradients, clear_gradients=clear_gradients)
+
+
+def _has_left(home: _Home) -> RuntimeError:
+    return RuntimeError(
+        f"parameter {home.name!r} has left its FlatBuffer (moved by .to(), .half(), an assignment "
+        "to .data or another FlatBuffer); make a new FlatBuffer after such a move"
+    )
+
+
 def _named(
-    params: Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-) -> list[tuple[str, torch.Tensor]]:
-    named: list[tuple[str, torch.Tensor]] = []
+    params: Iterable[torch.Tensor] | Iterable[tuple[str | int, torch.Tensor]],
+) -> Named:
+    if isinstance(params, torch.Tensor):
+        raise TypeError("FlatBuffer takes an iterable of parameters, not one tensor")
+    named: Named = []
     seen: set[int] = set()
     for place, item in enumerate(params):
-        name, param = item if isinstance(item, tuple) else (str(place), item)
-        label = f"parameter '{name}'" if isinstance(item, tuple) else f"parameter {name}"
+        name, param = item if isinstance(item, tuple) else (place, item)
         if not isinstance(param, torch.Tensor):
-            raise TypeError(f"{label} is {type(param).__name__}; FlatBuffer takes tensors")
+            raise TypeError(
+                f"parameter {name!r} is {type(param).__name__}; FlatBuffer takes tensors"
+            )
         if id(param) not in seen:
             seen.add(id(param))
-            named.append((label, param))
+            named.append((name, param))
     if not named:
         raise ValueError("FlatBuffer got no parameters")
     return named
 
 
-def _check(named: list[tuple[str, torch.Tensor]]) -> None:
-    for label, param in named:
+def _check(named: Named, gradients: bool) -> None:
+    for name, param in named:
         if not (is_plain(param) and is_resolved(param) and param.is_leaf):
             raise TypeError(
-                f"{label} is a {type(param).__name__} of {param.dtype} on {param.device}; "
-                "FlatBuffer takes leaf tensors with plain memory: strided, on the CPU, float32, "
-                "float64, bfloat16, float16, complex64 or complex128"
+                f"parameter {name!r} is a {type(param).__name__} of {param.dtype} on "
+                f"{param.device}; FlatBuffer takes leaf tensors with plain memory: strided, on the "
+                "CPU, float32, float64, bfloat16, float16, complex64 or complex128"
+            )
+        if param.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made under torch.inference_mode() and cannot be trained; "
+                "clone it outside"
+            )
+        if param.numel() and not param.data_ptr():
+            raise ValueError(
+                f"parameter {name!r} has no memory (its storage was freed or never allocated); "
+                "restore it first"
             )
         if overlaps_itself(param):
             raise ValueError(
-                f"{label} has elements that share memory (strides {param.stride()}); clone it first"
+                f"parameter {name!r} has elements that share memory (strides {param.stride()}); "
+                "clone it first"
             )
+        if gradients and param.requires_grad:
+            _check_gradient(name, param)
     clash = overlapping([param for _, param in named])
     if clash:
-        labels = ", ".join(named[place][0] for place in sorted(clash))
+        labels = ", ".join(repr(named[place][0]) for place in sorted(clash))
         raise ValueError(
-            f"{labels} share memory; FlatBuffer keeps tied parameters tied only where they are "
-            "one object: tie them by assigning the same Parameter"
+            f"parameters {labels} share memory, or lie in each other's gaps; FlatBuffer keeps tied "
+            "parameters tied only where they are one object: tie them by assigning the same "
+            "Parameter, or clone them"
+        )
+
+
+def _check_gradient(name: str | int, param: torch.Tensor) -> None:
+    grad = param.grad
+    dtype = getattr(param, "grad_dtype", None) or param.dtype
+    if dtype != param.dtype or (
+        grad is not None
+        and not (is_plain(grad) and grad.dtype == param.dtype and grad.shape == param.shape)
+    ):
+        found = f"{dtype}" if grad is None else f"{grad.layout}, {grad.dtype}, {tuple(grad.shape)}"
+        raise TypeError(
+            f"the gradient of parameter {name!r} ({found}) is unlike it ({param.dtype}, "
+            f"{tuple(param.shape)}); clear it first, or pass gradients=False"
         )

@@ -73,6 +73,7 @@ class Optimizer(torch.optim.Optimizer):
         self.validate(defaults)
         self._plan: _core.Plan | None = None
         self._gather = False
+        self._housed: flat.Housed | None = None
         super().__init__(params, defaults)
         if defaults.get("fused"):
             self._step_supports_amp_scaling = True
@@ -101,6 +102,7 @@ class Optimizer(torch.optim.Optimizer):
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
         self._plan = None
+        self._housed = None
         # Loaded states lie apart; the next step gathers them into flat buffers.
         self._gather = True
 
@@ -138,36 +140,24 @@ class Optimizer(torch.optim.Optimizer):
 
         Gradients in a :class:`flatstep.FlatBuffer` are set to zero in place, all at once.
         """
-        buffers = self._flat_buffers()
-        if not buffers:
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self._housed is None or not self._housed.is_of(params):
+            self._housed = flat.Housed(params)
+        if not self._housed:
             super().zero_grad(set_to_none)
             return
-        for buffer in buffers:
-            buffer.zero_grad()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None or flat.buffer_of(param) in buffers:
-                    continue
-                if set_to_none:
-                    param.grad = None
-                else:
-                    param.grad = param.grad.detach().zero_()
+        self._housed.zero_grad()
+        for param in self._housed.outside:
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad = param.grad.detach().zero_()
 
     def _check_graph_capture(self) -> None:
         if "capturable" in self.defaults and torch.cuda.is_available():
             name = "_accelerator_graph_capture_health_check"  # of torch 2.9 and newer
             check = getattr(self, name, None) or self._cuda_graph_capture_health_check
             check()
-
-    def _flat_buffers(self) -> list[flat.FlatBuffer]:
-        """The flat buffers with gradients that this optimizer's parameters live in."""
-        key = (flat.generation(), [id(group["params"]) for group in self.param_groups])
-        if getattr(self, "_flat_key", None) != key:
-            self._flat_key = key
-            params = [param for group in self.param_groups for param in group["params"]]
-            found = [flat.buffer_of(param) for param in params]
-            self._flat = list(dict.fromkeys(b for b in found if b is not None and b.has_gradients))
-        return self._flat
 
     def _update(self) -> None:
         groups = self.param_groups
@@ -192,11 +182,16 @@ class Optimizer(torch.optim.Optimizer):
         else:
             increment_version(updated)
         increment_version(self._written)
-        for buffer in self._cleared:
-            buffer.mark_clean()
+        all_rows = updated is None or len(updated) == self._rows
+        for buffer, count in self._cleared.items():
+            buffer.mark_cleared(count if all_rows else 0)
         for other in self._others:
             if other.found.param.grad is not None:
                 self._update_other(other, variants[other.found.group], scales[other.found.group])
+        for other in self._others:
+            grad = other.found.param.grad
+            if grad is not None and flat.clearing_buffer(other.found.param):
+                grad.zero_()
 
     def _label(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")
@@ -248,7 +243,8 @@ class Optimizer(torch.optim.Optimizer):
         plan = _core.Plan(self.rule)
         plan.begin(flags)
         self._others: list[Other] = []
-        cleared: dict[flat.FlatBuffer, None] = {}
+        self._rows = 0
+        self._cleared: dict[flat.FlatBuffer, int] = {}  # of each buffer, how many gradients
         written: dict[int, torch.Tensor] = {}  # one of each storage stands for all its views
         for found in everything:
             route, names = routes.get(found), wanted.get(found, ())
@@ -259,17 +255,16 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             state = self.state[found.param] if names or self._counts else {}
             step = state["step"] if self._counts else None
-            buffer = flat.buffer_of(found.param)
-            clears = buffer is not None and buffer.clears(found.param)
-            if buffer is not None and clears:
-                cleared[buffer] = None
+            buffer = flat.clearing_buffer(found.param)
+            if buffer:
+                self._cleared[buffer] = self._cleared.get(buffer, 0) + 1
             tensors = [state[name] for name in names]
-            grad = found.param.grad if clears else None
+            grad = found.param.grad if buffer else None
+            self._rows += 1
             plan.add(found.group, found.param, tensors, step, found in firsts, grad)
             for tensor in [*tensors, *([step] if self._counts else [])]:
                 written[local_of(tensor).untyped_storage().data_ptr()] = local_of(tensor)
         plan.end(self.state)
-        self._cleared = list(cleared)
         self._written = list(written.values())
         self._plan = plan
         self._gather = False
