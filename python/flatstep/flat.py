@@ -164,11 +164,12 @@ class FlatBuffer:
 
     def _residents(self) -> list[tuple[torch.Tensor, _Home]]:
         """The parameters that have not been moved into another buffer."""
-        return [
-            (param, home)
-            for home in self._homes
-            if (param := home.param()) is not None and _places[param][0] is self
-        ]
+        residents = []
+        for home in self._homes:
+            param = home.param()
+            if param is not None and _places[param][0] is self:
+                residents.append((param, home))
+        return residents
 
     @property
     def has_gradients(self) -> bool:
@@ -246,7 +247,7 @@ class FlatBuffer:
             for grad in self._grads:
                 grad.zero_()
         else:
-            torch._foreach_zero_([home.grad_memory for _, home in residents])
+            torch._foreach_zero_([h.grad_memory for _, h in residents if h.grad_memory is not None])
 
     def mark_cleared(self, count: int) -> None:
         """Notes that a step has just cleared this many gradients."""

@@ -9,6 +9,7 @@ overlap.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -203,6 +204,23 @@ def sgd_(
     _update("sgd", flags, hyper, param, grad, states, step, maximize, grad_scale)
 
 
+def _check_numbers(hyper: dict[str, float], step: int, grad_scale: float) -> None:
+    for name, value in {**hyper, "step": step, "grad_scale": grad_scale}.items():
+        label = {"beta1": "betas[0]", "beta2": "betas[1]"}.get(name, name)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{label} is {value!r}; it must be a number") from None
+        if number != number or (number < 0 and name != "dampening"):
+            raise ValueError(f"{label} is {value}; it must not be negative or NaN")
+        if name in ("beta1", "beta2") and number >= 1:
+            raise ValueError(f"{label} is {value}; it must be below 1")
+    if not (1 <= step < 2**53 and step == int(step)):
+        raise ValueError(f"step is {step}; it must be a whole number that counts from 1")
+    if not 0 < grad_scale < math.inf:
+        raise ValueError(f"grad_scale is {grad_scale}; it must be positive and finite")
+
+
 class _Memory(NamedTuple):
     kind: str
     dtype: str
@@ -222,10 +240,16 @@ def _memory_of(name: str, array: Any, *, written: bool) -> _Memory:
             raise ValueError(
                 f"{name} is not contiguous (strides {array.stride()}); pass a contiguous tensor"
             )
-        return _Memory(
+        if array.numel() and not array.data_ptr():
+            raise ValueError(f"{name} has no memory (its storage was freed); restore it first")
+        if written and array.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode() and cannot be updated outside it"
+            )
+        found = _Memory(
             "torch", STORED[array.dtype], tuple(array.shape), array.data_ptr(), array.nbytes
         )
-    if isinstance(array, np.ndarray):
+    elif isinstance(array, np.ndarray):
         if array.dtype.name not in STORED.values() or not array.dtype.isnative:
             raise TypeError(f"{name} has dtype {array.dtype}; flatstep takes {_dtypes()}")
         if not array.flags.c_contiguous:
@@ -234,10 +258,12 @@ def _memory_of(name: str, array: Any, *, written: bool) -> _Memory:
             )
         if written and not array.flags.writeable:
             raise TypeError(f"{name} is read-only; pass an array that can be written")
-        if array.ctypes.data % array.itemsize:
-            raise ValueError(f"{name} is not aligned to its elements; copy it first")
-        return _Memory("numpy", array.dtype.name, array.shape, array.ctypes.data, array.nbytes)
-    raise TypeError(f"{name} is a {type(array).__name__}; pass a torch tensor or a NumPy array")
+        found = _Memory("numpy", array.dtype.name, array.shape, array.ctypes.data, array.nbytes)
+    else:
+        raise TypeError(f"{name} is a {type(array).__name__}; pass a torch tensor or a NumPy array")
+    if found.address % array.itemsize:
+        raise ValueError(f"{name} is not aligned to its elements; copy it first")
+    return found
 
 
 def _dtypes() -> str:
@@ -255,16 +281,7 @@ def _update(
     maximize: bool,
     grad_scale: float,
 ) -> None:
-    for name, value in hyper.items():
-        if not float(value) >= 0 and name != "dampening":
-            raise ValueError(f"{name} is {value}; it must not be negative or NaN")
-    for name in ("beta1", "beta2"):
-        if name in hyper and not hyper[name] < 1:
-            raise ValueError(f"{name} is {hyper[name]}; it must be below 1")
-    if step < 1:
-        raise ValueError(f"step is {step}; it counts from 1")
-    if not grad_scale > 0:
-        raise ValueError(f"grad_scale is {grad_scale}; it must be positive")
+    _check_numbers(hyper, step, grad_scale)
     number = sum(flag_bits(rule)[name] for name, is_set in flags.items() if is_set)
     wanted: tuple[str, ...] = dict(RULES[rule]["variants"])[number]
     for name in wanted:

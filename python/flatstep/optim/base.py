@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -12,17 +12,7 @@ from torch.optim.optimizer import ParamsT
 from flatstep import _core, flat
 from flatstep._torch import connect_dtensor, increment_version
 from flatstep.optim import states, torch_ops
-from flatstep.optim.routes import (
-    Found,
-    Route,
-    is_plain,
-    is_resolved,
-    local_of,
-    overlapping,
-    route_of,
-    same_order,
-    update_alone,
-)
+from flatstep.optim.routes import Found, Route, local_of, overlapping, route_of, update_alone
 
 RULES: dict[str, Any] = {rule["name"]: rule for rule in _core.rules()}
 
@@ -68,6 +58,7 @@ class Optimizer(torch.optim.Optimizer):
     rule: ClassVar[str]
     sparse_message: ClassVar[str | None]  # of the error; None where sparse gradients are fine
     later_options: ClassVar[dict[str, Any]]  # what a checkpoint of an older torch may lack
+    counts_steps: ClassVar[bool] = True  # whether torch's state has a "step"
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.validate(defaults)
@@ -215,7 +206,12 @@ class Optimizer(torch.optim.Optimizer):
     def _others_moved(self) -> bool:
         return any(
             self._route(other.found) not in (other.route, Route.KERNEL)
-            or (other.route is Route.ALONE and self._has_foreign_states(other.found, other.states))
+            or (
+                other.route is Route.ALONE
+                and states.are_foreign(
+                    self.state.get(other.found.param, {}), other.found, other.states
+                )
+            )
             for other in self._others
             if other.found.param.grad is not None
         )
@@ -229,17 +225,30 @@ class Optimizer(torch.optim.Optimizer):
         plain = [found for found, route in routes.items() if route in (Route.KERNEL, Route.ALONE)]
         for place in overlapping([local_of(found.param) for found in plain]):
             routes[plain[place]] = Route.ALONE  # one after the other, as torch would
-        wanted = {
-            found: self._wanted_states(flags[found.group])
+        variants = dict(RULES[self.rule]["variants"])
+        wanted: dict[Found, tuple[str, ...]] = {
+            found: variants[flags[found.group]]
             for found, route in routes.items()
             if route is not Route.SPARSE
         }
         for found, names in wanted.items():
-            self._check_states(found, names)
-            if routes[found] is not Route.TORCH and self._has_foreign_states(found, names):
+            states.check(self.state.get(found.param, {}), found, names)
+            if routes[found] is not Route.TORCH and states.are_foreign(
+                self.state.get(found.param, {}), found, names
+            ):
                 routes[found] = Route.TORCH
         with torch.no_grad():
-            firsts = self._create_states(routes, wanted)
+            firsts = states.complete(
+                {
+                    found: self.state[found.param]
+                    for found, names in wanted.items()
+                    if names or self.counts_steps
+                },
+                wanted,
+                routes,
+                count_steps=self.counts_steps,
+                gather=self._gather,
+            )
         plan = _core.Plan(self.rule)
         plan.begin(flags)
         self._others: list[Other] = []
@@ -253,8 +262,8 @@ class Optimizer(torch.optim.Optimizer):
                 if route is not None:
                     self._others.append(Other(found, route, names, found in firsts))
                 continue
-            state = self.state[found.param] if names or self._counts else {}
-            step = state["step"] if self._counts else None
+            state = self.state[found.param] if names or self.counts_steps else {}
+            step = state["step"] if self.counts_steps else None
             buffer = flat.clearing_buffer(found.param)
             if buffer:
                 self._cleared[buffer] = self._cleared.get(buffer, 0) + 1
@@ -262,94 +271,13 @@ class Optimizer(torch.optim.Optimizer):
             grad = found.param.grad if buffer else None
             self._rows += 1
             plan.add(found.group, found.param, tensors, step, found in firsts, grad)
-            for tensor in [*tensors, *([step] if self._counts else [])]:
+            for tensor in [*tensors, *([step] if self.counts_steps else [])]:
                 written[local_of(tensor).untyped_storage().data_ptr()] = local_of(tensor)
         plan.end(self.state)
         self._written = list(written.values())
         self._plan = plan
         self._gather = False
         return plan
-
-    @property
-    def _counts(self) -> bool:
-        """Whether the state has a step, as in every optimizer of torch but SGD."""
-        return self.rule != "sgd"
-
-    def _wanted_states(self, flags: int) -> tuple[str, ...]:
-        names: tuple[str, ...] = dict(RULES[self.rule]["variants"])[flags]
-        return names
-
-    def _check_states(self, found: Found, names: Iterable[str]) -> None:
-        state = self.state.get(found.param, {})
-        param = found.param
-        for name in names:
-            tensor = state.get(name)
-            if tensor is None:
-                continue
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(
-                    f"state '{name}' of {found.name} is a {type(tensor).__name__}, not a tensor"
-                )
-            if (tensor.shape, tensor.device) != (param.shape, param.device):
-                raise ValueError(
-                    f"state '{name}' of {found.name} has shape {tuple(tensor.shape)} on "
-                    f"{tensor.device}, but the parameter has {tuple(param.shape)} on "
-                    f"{param.device}; load a state that belongs to it"
-                )
-        step = state.get("step")
-        if self._counts and step is not None and not 0 <= float(step) < 2**53:
-            raise ValueError(f"state 'step' of {found.name} is {float(step)}; it must count from 0")
-
-    def _has_foreign_states(self, found: Found, names: Iterable[str]) -> bool:
-        """Whether a state is there that the kernel cannot take as it is."""
-        state = self.state.get(found.param, {})
-        tensors = [local_of(state[name]) for name in names if state.get(name) is not None]
-        return any(not is_plain(tensor) or tensor.dtype != found.param.dtype for tensor in tensors)
-
-    def _create_states(
-        self, routes: dict[Found, Route], wanted: dict[Found, tuple[str, ...]]
-    ) -> set[Found]:
-        """Creates what is missing, and gathers what was loaded.
-
-        Returns:
-            The parameters that had none of their states before.
-        """
-
-        def is_kernels(found: Found) -> bool:
-            return routes[found] is not Route.TORCH
-
-        firsts = set()
-        missing, loaded, uncounted = [], [], []
-        for found, names in wanted.items():
-            if not names and not self._counts:
-                continue
-            state = self.state[found.param]
-            step = state.get("step")
-            if self._counts and not (
-                isinstance(step, torch.Tensor) and step.is_floating_point() and step.numel() == 1
-            ):
-                uncounted.append((found, state))
-            if all(state.get(name) is None for name in names):
-                firsts.add(found)
-            for name in names:
-                tensor = state.get(name)
-                if tensor is None:
-                    missing.append((found, state, name))
-                elif tensor.layout != torch.strided:
-                    state[name] = tensor.to_dense()
-                elif is_kernels(found) and (
-                    self._gather
-                    or not same_order(local_of(tensor), local_of(found.param))
-                    or not is_resolved(local_of(tensor))
-                ):
-                    loaded.append((found, state, name, tensor))
-        states.create_steps(uncounted)
-        states.create(
-            missing + [(found, state, name) for found, state, name, _ in loaded], is_kernels
-        )
-        for _, state, name, tensor in loaded:
-            local_of(state[name]).copy_(local_of(tensor))
-        return firsts
 
     def _update_other(self, other: Other, variant: Variant, scale: float) -> None:
         found, param = other.found, other.found.param
@@ -360,9 +288,9 @@ class Optimizer(torch.optim.Optimizer):
             hyper = variant.hyper if differentiable else [float(x) for x in variant.hyper]
             names = dict(zip(RULES[self.rule]["hyper"], hyper, strict=True))
             flags = {name: bool(variant.flags & bit) for name, bit in flag_bits(self.rule).items()}
-            state = self.state[param] if other.states or self._counts else {}
+            state = self.state[param] if other.states or self.counts_steps else {}
             tensors = {name: state[name] for name in other.states}
-            step = int(state["step"]) + 1 if self._counts else 2 - other.first_step
+            step = int(state["step"]) + 1 if self.counts_steps else 2 - other.first_step
             if other.route is Route.SPARSE:
                 torch_ops.update_sparse(names, flags, param, grad, self.state, scale)
             elif other.route is Route.ALONE:
@@ -379,7 +307,7 @@ class Optimizer(torch.optim.Optimizer):
                 increment_version([param, *tensors.values()])
             else:
                 torch_ops.update(self.rule, flags, names, param, grad, tensors, step, scale)
-        if self._counts:
+        if self.counts_steps:
             with torch.no_grad():
                 state["step"].add_(1)
         other.first_step = False

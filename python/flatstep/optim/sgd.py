@@ -48,6 +48,7 @@ class SGD(Optimizer):
 
     rule = "sgd"
     sparse_message = None
+    counts_steps = False
     later_options: ClassVar = {
         "nesterov": False,
         "maximize": False,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from flatstep._torch import empty_flat
-from flatstep.optim.routes import Found, dense_stride, local_of
+from flatstep.optim.routes import (
+    Found,
+    Route,
+    dense_stride,
+    is_plain,
+    is_resolved,
+    local_of,
+    same_order,
+)
 
 _ALIGNMENT = 64  # bytes
 
@@ -37,7 +45,7 @@ def zeros_like_all(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return views
 
 
-def like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+def _like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """The local tensor as a DTensor where the parameter is one."""
     if local_of(param) is param:
         return local
@@ -52,28 +60,110 @@ def like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return sharded
 
 
-def create(
-    missing: list[tuple[Found, dict[str, Any], str]], is_plain: Callable[[Found], bool]
+def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
+    """Raises where a parameter's state cannot be its own: TypeError, ValueError."""
+    param = found.param
+    for name in names:
+        tensor = state.get(name)
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"state '{name}' of {found.name} is a {type(tensor).__name__}, not a tensor"
+            )
+        if (tensor.shape, tensor.device) != (param.shape, param.device):
+            raise ValueError(
+                f"state '{name}' of {found.name} has shape {tuple(tensor.shape)} on "
+                f"{tensor.device}, but the parameter has {tuple(param.shape)} on {param.device}; "
+                "load a state that belongs to it"
+            )
+    step = state.get("step")
+    if step is not None and not 0 <= float(step) < 2**53:
+        raise ValueError(f"state 'step' of {found.name} is {float(step)}; it must count from 0")
+
+
+def are_foreign(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> bool:
+    """Whether a state is there that no kernel can take: a subclass, another dtype."""
+    tensors = [local_of(state[name]) for name in names if state.get(name) is not None]
+    return any(not is_plain(tensor) or tensor.dtype != found.param.dtype for tensor in tensors)
+
+
+def complete(
+    states: dict[Found, dict[str, Any]],
+    wanted: dict[Found, tuple[str, ...]],
+    routes: dict[Found, Route],
+    *,
+    count_steps: bool,
+    gather: bool,
+) -> set[Found]:
+    """Creates the states that are missing, and puts the others where a kernel can take them.
+
+    Args:
+        states: Each parameter's state.
+        wanted: The names of the states that each parameter's variant uses.
+        routes: Each parameter's way.
+        count_steps: Whether there is a "step" too.
+        gather: Whether to move all states into new flat buffers.
+
+    Returns:
+        The parameters that had none of their states before.
+    """
+    firsts = set()
+    missing, moved, uncounted = [], [], []
+    for found, state in states.items():
+        names = wanted[found]
+        step = state.get("step")
+        if count_steps and not (
+            isinstance(step, torch.Tensor) and step.is_floating_point() and step.numel() == 1
+        ):
+            uncounted.append(state)
+        if all(state.get(name) is None for name in names):
+            firsts.add(found)
+        for name in names:
+            tensor = state.get(name)
+            if tensor is None:
+                missing.append((found, name))
+            elif tensor.layout != torch.strided:
+                state[name] = tensor.to_dense()
+            elif routes[found] is not Route.TORCH and (gather or not _fits(found.param, tensor)):
+                moved.append((found, name, tensor))
+    _create_steps(uncounted)
+    _create(states, missing + [(found, name) for found, name, _ in moved], routes)
+    for found, name, tensor in moved:
+        local_of(states[found][name]).copy_(local_of(tensor))
+    return firsts
+
+
+def _fits(param: torch.Tensor, state: torch.Tensor) -> bool:
+    local = local_of(state)
+    return same_order(local, local_of(param)) and is_resolved(local)
+
+
+def _create(
+    states: dict[Found, dict[str, Any]],
+    missing: list[tuple[Found, str]],
+    routes: dict[Found, Route],
 ) -> None:
-    """Puts zeros in place of each missing state: (parameter, its dict, name)."""
-    for name in dict.fromkeys(name for _, _, name in missing):
-        wanting = [(found, state) for found, state, of in missing if of == name]
-        plain = [(found, state) for found, state in wanting if is_plain(found)]
-        views = zeros_like_all(local_of(found.param) for found, _ in plain)
-        for (found, state), view in zip(plain, views, strict=True):
-            state[name] = like(found.param, view)
-        for found, state in wanting:
-            if not is_plain(found):
-                state[name] = torch.zeros_like(found.param, memory_format=torch.preserve_format)
+    for name in dict.fromkeys(name for _, name in missing):
+        wanting = [found for found, of in missing if of == name]
+        plain = [found for found in wanting if routes[found] is not Route.TORCH]
+        views = zeros_like_all(local_of(found.param) for found in plain)
+        for found, view in zip(plain, views, strict=True):
+            states[found][name] = _like(found.param, view)
+        for found in wanting:
+            if routes[found] is Route.TORCH:
+                states[found][name] = torch.zeros_like(
+                    found.param, memory_format=torch.preserve_format
+                )
 
 
-def create_steps(missing: list[tuple[Found, dict[str, Any]]]) -> None:
+def _create_steps(uncounted: list[dict[str, Any]]) -> None:
     """Counts each of the states from zero, or from the number that an old checkpoint left."""
-    if not missing:
+    if not uncounted:
         return
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    counts = torch.zeros(len(missing), dtype=dtype)
-    for count, (_, state) in zip(counts.unbind(), missing, strict=True):
+    counts = torch.zeros(len(uncounted), dtype=dtype)
+    for count, state in zip(counts.unbind(), uncounted, strict=True):
         if state.get("step") is not None:
             count.fill_(float(state["step"]))
         rest = {name: value for name, value in state.items() if name != "step"}
