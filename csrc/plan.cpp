@@ -31,8 +31,10 @@ bool same_placements(PyObject* a, PyObject* b) {
 
 // A tensor's shape lies in the object that describes it, some lines from its other parts.
 void prefetch_object(const void* shape) {
-  const char* at = static_cast<const char*>(shape);
-  for (int line = -2; line <= 1; ++line) __builtin_prefetch(at + 64 * line);
+  const auto at = reinterpret_cast<std::uintptr_t>(shape);  // of any value: no access can fault
+  for (const std::uintptr_t line : {at - 128, at - 64, at, at + 64}) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
 }
 
 constexpr std::size_t kRowsAhead = 6;
@@ -190,7 +192,8 @@ bool Plan::row_matches(Row& row, PyObject* param) {
     Py_DECREF(grad);
     return !row.active || row.kind == Kind::kElsewhere;
   }
-  held_.push_back(grad);
+  Py_INCREF(param);
+  held_.insert(held_.end(), {param, grad});
   if (row.cleared && row.cleared != grad) return false;
   if (is_dtensor(param)) {
     if (!is_dtensor(grad) || !same_placements(param, grad)) return false;
@@ -263,7 +266,6 @@ bool Plan::states_in_place() const {
 bool Plan::matches(const py::list& groups, const py::dict& state,
                    const std::vector<unsigned>& flags) {
   static PyObject* const kParams = name("params");
-  if (running_) throw std::runtime_error("step() of this optimizer is running in another thread");
   release();
   if (flags != flags_ || groups.size() != flags.size()) return false;
   std::size_t next = 0;
@@ -321,6 +323,7 @@ void Plan::append(const Row& row, const double* scalars) {
 py::object Plan::step(const std::vector<std::vector<double>>& hyper,
                       const std::vector<double>& scales, int threads) {
   if (!matched_) throw std::runtime_error("step() must follow a call of matches() that said true");
+  matched_ = false;
   if (hyper.size() != flags_.size() || scales.size() != flags_.size()) {
     throw std::invalid_argument("there must be hyper-parameters and a scale for each group");
   }
@@ -373,8 +376,9 @@ py::object Plan::step(const std::vector<std::vector<double>>& hyper,
 }
 
 void Plan::release() {
+  if (running_) throw std::runtime_error("step() of this optimizer is running in another thread");
   matched_ = false;
-  for (PyObject* grad : held_) Py_DECREF(grad);
+  for (PyObject* object : held_) Py_DECREF(object);
   held_.clear();
 }
 

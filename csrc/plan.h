@@ -15,7 +15,7 @@
 namespace flatstep {
 
 // Rows stand in the order of the parameter groups. Parameters are known by address and looked up
-// in the live groups at every step, never held; gradients are held while an update reads them.
+// in the live groups at every step; they and their gradients are held only while an update runs.
 class Plan {
  public:
   explicit Plan(const std::string& rule) : rule_(find_rule(rule)) {}

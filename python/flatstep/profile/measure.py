@@ -70,7 +70,8 @@ class Race:
             a_round = sum(cost / strides[name] for name, cost in costs.items())
             left = seconds - (perf_counter() - start)
             rounds = min(max(int(left / a_round), LEAST_ROUNDS), MOST_ROUNDS)
-            strides = {name: min(stride, rounds // 3) for name, stride in strides.items()}
+            most = max(1, (rounds - 1) // 2)  # three turns at least
+            strides = {name: min(stride, most) for name, stride in strides.items()}
         shuffled = random.Random(0)
         collects = gc.isenabled()
         gc.disable()

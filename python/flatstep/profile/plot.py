@@ -25,8 +25,10 @@ COLORS = {
     "torch foreach": "#b7a99a",
     "torch for-loop": "#d5ccc3",
 }
+LIGHT = ("torch foreach", "torch for-loop")
 INK, FAINT, RULE, ALARM = "#222222", "#777777", "#cccccc", "#c00000"
 SMALL = 7.5  # points
+RIGHT = 108  # per cent
 BAR, PANEL_WIDTH = 0.21, 2.9  # inches
 
 
@@ -75,17 +77,17 @@ def _draw_case(axes: Axes, case: Case, names: list[str]) -> None:
         elif result.timing is None:
             _note(axes, 1, place, (result.problem or "").partition(":")[0], ALARM)
         else:
-            share = 100 * limit.timing.median / result.timing.median
+            share = min(100 * limit.timing.median / result.timing.median, RIGHT)
             axes.barh(place, share, height=0.78, color=COLORS[name])
             time = format_time(result.timing.median)
             if share > 50:
-                _note(axes, share - 1.5, place, time, "white", "right")
+                _note(axes, share - 1.5, place, time, INK if name in LIGHT else "white", "right")
             else:
                 _note(axes, share + 1.5, place, time, INK)
     axes.axvline(100, color=INK, linewidth=1)
     axes.set_title(f"{case.title} × {case.optimizer}, {case.dtype}", loc="left", fontsize=9)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlim(0, 108)
+    axes.set_xlim(0, RIGHT)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_formatter("{x:.0f} %")
     axes.tick_params(axis="x", labelsize=SMALL, color=RULE, labelcolor=FAINT)
@@ -95,4 +97,4 @@ def _draw_case(axes: Axes, case: Case, names: list[str]) -> None:
 
 
 def _note(axes: Axes, x: float, y: float, text: str, color: str, side: str = "left") -> None:
-    axes.text(x, y, text, ha=side, va="center", fontsize=SMALL, color=color)
+    axes.text(x, y, text, ha=side, va="center", fontsize=SMALL, color=color, in_layout=False)

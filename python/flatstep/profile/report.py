@@ -179,7 +179,11 @@ def _time(timing: Timing, parameters: int, gb_per_s: float) -> list[str]:
 
 def format_time(seconds: float) -> str:
     """Milli- or microseconds, with the unit."""
-    return f"{_significant(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    return (
+        f"{_significant(seconds * 1e3)} ms"
+        if seconds >= 1e-3
+        else f"{_significant(seconds * 1e6)} µs"
+    )
 
 
 def _ms(seconds: float | None) -> str:
