@@ -116,6 +116,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("use_isa", [](const std::string& name) { use_isa(name.c_str()); }, "name"_a);
 
   module.def("connect", &connect, "exchange"_a, "tensor_type"_a, "parameter_type"_a);
+  module.def("connect_handles", &connect_handles, "library"_a, "open_handles"_a);
   module.def("connect_dtensor", &connect_dtensor, "dtensor_type"_a);
   module.def(
       "use_torch_threads",

@@ -29,15 +29,21 @@ bool same_placements(PyObject* a, PyObject* b) {
   return first.equal(second);
 }
 
-// A tensor's shape lies in the object that describes it, some lines from its other parts.
-void prefetch_object(const void* shape) {
-  const auto at = reinterpret_cast<std::uintptr_t>(shape);  // of any value: no access can fault
-  for (const std::uintptr_t line : {at - 128, at - 64, at, at + 64}) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line));
-  }
-}
+constexpr const char* kInUse = "step() of this optimizer is running in another thread";
 
 constexpr std::size_t kRowsAhead = 6;
+
+// True while it lives.
+class Flag {
+ public:
+  explicit Flag(bool& flag) : flag_(flag) { flag_ = true; }
+  ~Flag() { flag_ = false; }
+  Flag(const Flag&) = delete;
+  Flag& operator=(const Flag&) = delete;
+
+ private:
+  bool& flag_;
+};
 
 template <class T>
 bool adjoin(T* first, std::int64_t bytes, T* second) {
@@ -78,7 +84,6 @@ void Plan::begin(const std::vector<unsigned>& flags) {
   rows_.clear();
   dims_.clear();
   state_tensors_.clear();
-  state_hints_.clear();
   state_entries_.clear();
   state_values_.clear();
 }
@@ -128,8 +133,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
       throw std::invalid_argument("a state's memory is unlike its parameter's");
     }
     row.arrays.state[i] = state.data;
-    state_tensors_.push_back(tensor);
-    state_hints_.push_back(state.shape);
+    state_tensors_.add(tensor);
   }
   if (!step.is_none()) {
     TensorView counter;
@@ -140,8 +144,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
     }
     row.step = counter.data;
     row.step_type = counter.type;
-    state_tensors_.push_back(step);
-    state_hints_.push_back(counter.shape);
+    state_tensors_.add(step);
   }
   rows_.push_back(row);
 }
@@ -156,6 +159,7 @@ void Plan::end(const py::dict& state) {
     entry.value_count = state_values_.size() - entry.first_value;
     state_entries_.push_back(entry);
   }
+  state_tensors_.open();
 }
 
 bool Plan::same_memory_order(const Row& row, const TensorView& view) const {
@@ -176,8 +180,8 @@ void Plan::prefetch_row(std::size_t at) const {
   const Row& row = rows_[at];
   __builtin_prefetch(row.param);
   __builtin_prefetch(row.grad);
-  prefetch_object(row.param_hint);
-  prefetch_object(row.grad_hint);
+  prefetch_tensor(row.param_hint);
+  prefetch_tensor(row.grad_hint);
 }
 
 bool Plan::row_matches(Row& row, PyObject* param) {
@@ -244,29 +248,36 @@ bool Plan::states_in_place() const {
   TensorView view;
   for (const Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
-    const std::size_t ahead = row.first_state + 4 * kRowsAhead;
-    for (std::size_t i = ahead; i < std::min(ahead + 4, state_tensors_.size()); ++i) {
-      __builtin_prefetch(state_tensors_[i].ptr());
-      prefetch_object(state_hints_[i]);
+    std::size_t at = row.first_state;
+    for (std::size_t i = 0; i <= kMaxStates; ++i) {
+      state_tensors_.prefetch(at + (kMaxStates + 1) * kRowsAhead + i);
     }
-    const py::object* tensor = state_tensors_.data() + row.first_state;
-    const unsigned mask = rule_.state_masks[flags_[static_cast<std::size_t>(row.group)]];
+    const unsigned mask = mask_of(row);
     for (int i = 0; i < kMaxStates; ++i) {
       if (!(mask >> i & 1)) continue;
-      if (!view_of((tensor++)->ptr(), view) || view.data != row.arrays.state[i] ||
+      if (!state_tensors_.view(at++, view) || view.data != row.arrays.state[i] ||
           view.type != row.type || view.count() != row.count) {
         return false;
       }
     }
-    if (row.step && (!view_of(tensor->ptr(), view) || view.data != row.step)) return false;
+    if (row.step && (!state_tensors_.view(at, view) || view.data != row.step)) return false;
   }
   return true;
 }
 
 bool Plan::matches(const py::list& groups, const py::dict& state,
                    const std::vector<unsigned>& flags) {
-  static PyObject* const kParams = name("params");
   release();
+  const std::uint64_t turn = turn_;
+  const bool all = everything_matches(groups, state, flags);
+  // Asking a tensor may let another thread go first, which then holds what this one found.
+  if (running_ || turn != turn_) throw std::runtime_error(kInUse);
+  return matched_ = all;
+}
+
+bool Plan::everything_matches(const py::list& groups, const py::dict& state,
+                              const std::vector<unsigned>& flags) {
+  static PyObject* const kParams = name("params");
   if (flags != flags_ || groups.size() != flags.size()) return false;
   std::size_t next = 0;
   for (std::size_t group = 0; group < flags.size(); ++group) {
@@ -282,8 +293,7 @@ bool Plan::matches(const py::list& groups, const py::dict& state,
       if (!row_matches(row, PyList_GET_ITEM(params, i))) return false;
     }
   }
-  matched_ = next == rows_.size() && state_matches(state) && states_in_place();
-  return matched_;
+  return next == rows_.size() && state_matches(state) && states_in_place();
 }
 
 std::int64_t Plan::step_of(const Row& row) const {
@@ -358,11 +368,10 @@ py::object Plan::step(const std::vector<std::vector<double>>& hyper,
   if (total < kElementsPerThread) {
     run_update(segments_, 1);
   } else {
-    running_ = true;
+    const Flag running(running_);
     const py::gil_scoped_release others_may_run;
     run_update(segments_, threads);
   }
-  running_ = false;
   auto updated = all ? py::object(py::none()) : py::object(py::list());
   for (Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
@@ -376,8 +385,9 @@ py::object Plan::step(const std::vector<std::vector<double>>& hyper,
 }
 
 void Plan::release() {
-  if (running_) throw std::runtime_error("step() of this optimizer is running in another thread");
+  if (running_) throw std::runtime_error(kInUse);
   matched_ = false;
+  ++turn_;
   for (PyObject* object : held_) Py_DECREF(object);
   held_.clear();
 }

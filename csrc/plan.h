@@ -77,6 +77,8 @@ class Plan {
 
   unsigned mask_of(const Row& row) const;  // the states that its variant uses
   void prefetch_row(std::size_t at) const;
+  bool everything_matches(const pybind11::list& groups, const pybind11::dict& state,
+                          const std::vector<unsigned>& flags);
   bool row_matches(Row& row, PyObject* param);
   bool same_memory_order(const Row& row, const TensorView& view) const;
   bool state_matches(const pybind11::dict& state) const;
@@ -90,14 +92,14 @@ class Plan {
   std::vector<unsigned> flags_;
   std::vector<Row> rows_;
   std::vector<std::int64_t> dims_;
-  std::vector<pybind11::object> state_tensors_;  // of each row, in the rule's order, then its step
-  std::vector<const void*> state_hints_;         // of each of these, likewise
-  std::vector<StateEntry> state_entries_;        // in the order of the optimizer's state
+  HeldTensors state_tensors_;              // of each row, in the rule's order, then its step
+  std::vector<StateEntry> state_entries_;  // in the order of the optimizer's state
   std::vector<pybind11::object> state_values_;
   std::vector<PyObject*> held_;
   std::vector<Segment> segments_;
   std::map<std::pair<int, std::int64_t>, Scalars> scalars_;
-  bool matched_ = false;  // by the last call, so that step() may run
+  std::uint64_t turn_ = 0;  // of those who ask, so that one notices another in between
+  bool matched_ = false;    // by the last call, so that step() may run
   bool running_ = false;
 };
 

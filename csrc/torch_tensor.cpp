@@ -1,7 +1,9 @@
 #include "torch_tensor.h"
 
+#include <dlfcn.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 
@@ -43,6 +45,63 @@ struct Torch {
   PyObject* local_tensor = nullptr;  // the attribute's name
 };
 Torch torch;
+
+// What is used of torch's handles; every function answers 0 where it succeeds.
+struct HandleTable {
+  int (*data)(void* handle, void** out);
+  int (*dims)(void* handle, std::int64_t* out);
+  int (*shape)(void* handle, const std::int64_t** out);
+  int (*strides)(void* handle, const std::int64_t** out);
+  int (*dtype)(void* handle, std::int32_t* out);
+  int (*close)(void* handle);
+  // The numbers of float32, float64, bfloat16, float16, complex64 and complex128.
+  std::array<std::int32_t, 6> dtypes;
+};
+HandleTable handles;
+PyObject* open_handles = nullptr;  // null: no handles
+
+template <class Function>
+bool find(void* library, const char* symbol, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, symbol));
+  return function != nullptr;
+}
+
+bool find_handles(void* library, HandleTable& table) {
+  const char* const names[] = {"float32", "float64",   "bfloat16",
+                               "float16", "complex64", "complex128"};
+  std::size_t next = 0;
+  for (const char* name : names) {
+    std::int32_t (*number)() = nullptr;
+    if (!find(library, (std::string("aoti_torch_dtype_") + name).c_str(), number)) return false;
+    table.dtypes[next++] = number();
+  }
+  return find(library, "aoti_torch_get_data_ptr", table.data) &&
+         find(library, "aoti_torch_get_dim", table.dims) &&
+         find(library, "aoti_torch_get_sizes", table.shape) &&
+         find(library, "aoti_torch_get_strides", table.strides) &&
+         find(library, "aoti_torch_get_dtype", table.dtype) &&
+         find(library, "aoti_torch_delete_tensor_object", table.close);
+}
+
+bool view_by_handle(void* handle, TensorView& view) {
+  std::int64_t dims = 0;
+  std::int32_t dtype = -1;
+  if (handles.data(handle, &view.data) || handles.dims(handle, &dims) ||
+      handles.shape(handle, &view.shape) || handles.strides(handle, &view.strides) ||
+      handles.dtype(handle, &dtype)) {
+    return false;
+  }
+  constexpr Stored kStored[] = {Stored::kFloat32, Stored::kFloat64, Stored::kBFloat16,
+                                Stored::kFloat16, Stored::kFloat32, Stored::kFloat64};
+  view.dims = static_cast<int>(dims);
+  view.type = Stored::kUnknown;
+  for (std::size_t i = 0; i < handles.dtypes.size(); ++i) {
+    if (dtype != handles.dtypes[i]) continue;
+    view.type = kStored[i];
+    view.is_complex = i >= 4;
+  }
+  return true;
+}
 
 Stored stored_of(int code, int bits) {
   if (code == kDLFloat && bits == 32) return Stored::kFloat32;
@@ -113,6 +172,53 @@ void connect(py::object exchange_capsule, py::object tensor_type, py::object par
   torch.tensor_type = tensor_type.release().ptr();
   torch.parameter_type = parameter_type.release().ptr();
   if (!torch.local_tensor) torch.local_tensor = PyUnicode_InternFromString("_local_tensor");
+}
+
+void connect_handles(const std::optional<std::string>& library, py::object open) {
+  Py_CLEAR(open_handles);
+  if (!library || open.is_none()) return;
+  void* const found = dlopen(library->c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  if (found && find_handles(found, handles)) open_handles = open.release().ptr();
+}
+
+void HeldTensors::open() {
+  if (open_handles) {
+    const auto capsules = py::reinterpret_borrow<py::function>(open_handles)(py::cast(tensors_));
+    for (const auto& capsule : capsules) {
+      handles_.push_back(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
+      if (!handles_.back()) throw py::error_already_set();
+    }
+  }
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    TensorView seen;
+    hints_.push_back(view(i, seen) ? seen.shape : nullptr);
+  }
+}
+
+void HeldTensors::clear() {
+  for (void* handle : handles_) handles.close(handle);
+  handles_.clear();
+  tensors_.clear();
+  hints_.clear();
+}
+
+bool HeldTensors::view(std::size_t at, TensorView& view) const {
+  return handles_.empty() ? view_of(tensors_[at].ptr(), view) : view_by_handle(handles_[at], view);
+}
+
+void HeldTensors::prefetch(std::size_t at) const {
+  if (at >= hints_.size()) return;
+  __builtin_prefetch(handles_.empty() ? tensors_[at].ptr() : handles_[at]);
+  prefetch_tensor(hints_[at]);
+}
+
+// The shape lies in the tensor's object; its storage's object was most likely allocated just
+// before.
+void prefetch_tensor(const void* shape) {
+  const auto at = reinterpret_cast<std::uintptr_t>(shape);  // of any value: no access can fault
+  for (std::uintptr_t line = at - 5 * 64; line <= at + 64; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
 }
 
 void connect_dtensor(py::object dtensor_type) { torch.dtensor_type = dtensor_type.release().ptr(); }

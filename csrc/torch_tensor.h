@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "registry.h"
@@ -25,11 +27,17 @@ struct TensorView {
   std::int64_t count() const;
 };
 
+// Asks for the lines of the object that a tensor's shape lies in. The address is only a hint.
+void prefetch_tensor(const void* shape);
+
 // exchange_capsule: torch.Tensor.__dlpack_c_exchange_api__ or None. tensor_type, parameter_type:
 // the classes whose instances are plain memory; dtensor_type: the class whose _local_tensor is,
 // or None where torch has not loaded it.
 void connect(pybind11::object exchange_capsule, pybind11::object tensor_type,
              pybind11::object parameter_type);
+// library: the path of torch's, loaded already; open_handles: the Python function that makes
+// handles. None for either: tensors are held without.
+void connect_handles(const std::optional<std::string>& library, pybind11::object open_handles);
 void connect_dtensor(pybind11::object dtensor_type);
 
 // Whether the tensor is an instance of just Tensor or Parameter, and so its own memory.
@@ -40,5 +48,30 @@ bool is_dtensor(PyObject* tensor);
 
 // False (and no Python error) where the memory cannot be described.
 bool view_of(PyObject* tensor, TensorView& view);
+
+// Tensors that are held and looked at again and again. Where torch has handles of its stable C
+// interface (aoti_torch/c/shim.h), a look costs a quarter of view_of.
+class HeldTensors {
+ public:
+  HeldTensors() = default;
+  HeldTensors(const HeldTensors&) = delete;
+  HeldTensors& operator=(const HeldTensors&) = delete;
+  ~HeldTensors() { clear(); }
+
+  void add(pybind11::object tensor) { tensors_.push_back(std::move(tensor)); }
+  // To be called once after the last add().
+  void open();
+  void clear();
+
+  std::size_t size() const { return tensors_.size(); }
+  // As view_of; the device is not looked at: memory on another has another address.
+  bool view(std::size_t at, TensorView& view) const;
+  void prefetch(std::size_t at) const;
+
+ private:
+  std::vector<pybind11::object> tensors_;
+  std::vector<void*> handles_;
+  std::vector<const void*> hints_;
+};
 
 }  // namespace flatstep

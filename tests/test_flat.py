@@ -257,7 +257,7 @@ shapes = st.lists(st.lists(st.integers(0, 20), max_size=3).map(tuple), min_size=
 
 
 @rich
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     shapes=shapes,
     way=st.sampled_from(list(WAYS.values())),
@@ -406,6 +406,19 @@ def test_a_loop_without_zero_grad_is_right_where_the_step_clears(case: Case) -> 
         loss_of(flat, step).backward()
         opts[1].step()
     assert_same_model(flat, plain)
+
+
+def test_a_clearing_step_clears_what_it_updates_through_torch() -> None:
+    params = sixteens()
+    buffer = FlatBuffer(params, clear_gradients=True)
+    opt = flatstep.SGD(params, momentum=0.9)
+    opt.step()
+    _foreign_state(params[1], opt)
+    before = params[1].detach().clone()
+    buffer.grads[0].fill_(1)
+    opt.step()
+    assert not torch.equal(params[1], before)
+    assert not buffer.grads[0].any()
 
 
 def _replaced(p: Parameter, opt: Optimizer) -> None:

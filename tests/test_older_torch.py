@@ -14,6 +14,7 @@ from flatstep import _core, _torch
 @pytest.fixture
 def _older_torch() -> Iterator[None]:
     _core.connect(None, torch.Tensor, torch.nn.Parameter)
+    _core.connect_handles(None, None)
     _core.use_torch_threads(None)
     yield
     _torch.connect()

@@ -40,6 +40,10 @@ def connect() -> None:
     """Finds both doors; where torch is too old for one, another way serves."""
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     _core.connect(exchange, torch.Tensor, torch.nn.Parameter)
+    open_handles = getattr(
+        getattr(torch._C, "_aoti", None), "unsafe_alloc_void_ptrs_from_tensors", None
+    )
+    _core.connect_handles(str(LIBRARY), open_handles)
     _core.use_torch_threads(str(LIBRARY))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter, is_
 
 import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -227,12 +228,11 @@ class FlatBuffer:
             RuntimeError: A parameter has left its buffer.
         """
         residents = [(p, home) for p, home in self._residents() if home.grad_memory is not None]
-        self.clear(residents, everything=True)
+        self.restore(residents)
+        self.clear(residents)
 
-    def clear(
-        self, residents: list[tuple[torch.Tensor, _Home]], *, everything: bool = False
-    ) -> None:
-        """Does so for some of the parameters; one that is frozen by now is left without."""
+    def restore(self, residents: list[tuple[torch.Tensor, _Home]]) -> None:
+        """Puts back gradients that were replaced; a parameter frozen by now is left without."""
         for param, home in residents:
             if not home.has(param):
                 raise _has_left(home)
@@ -241,9 +241,12 @@ class FlatBuffer:
             elif not home.has_gradient(param):
                 home.attach_gradient(param)
                 self._clean = []
+
+    def clear(self, residents: list[tuple[torch.Tensor, _Home]]) -> None:
+        """Sets the gradients of some of the parameters to zero, unless a step has just done so."""
         if [grad._version for grad in self._grads] == self._clean:
             return
-        if everything or len(residents) == self._gradient_count:
+        if len(residents) == self._gradient_count:
             for grad in self._grads:
                 grad.zero_()
         else:
@@ -266,36 +269,74 @@ def flatten_(
     return FlatBuffer(module.named_parameters(), gradients, clear_gradients=clear_gradients)
 
 
+class _Residents:
+    """Some of a buffer's parameters, with what a glance at all of them should find."""
+
+    def __init__(self) -> None:
+        self.homes: list[tuple[torch.Tensor, _Home]] = []
+        self._expected: tuple[list[torch.Tensor], list[int], list[torch.Tensor], list[int]]
+
+    def note(self) -> None:
+        """Takes the present state for the one that is to be."""
+        params = [param for param, _ in self.homes]
+        grads = [home.grad for _, home in self.homes if home.grad is not None]
+        self._expected = (params, _addresses(params), grads, _addresses(grads))
+
+    def are_in_place(self) -> bool:
+        """Whether nothing has moved since: a look for thousands, without a step of Python each."""
+        params, addresses, grads, grad_addresses = self._expected
+        return (
+            len(grads) == len(params)
+            and all(map(_requires_grad, params))
+            and all(map(is_, map(_gradient, params), grads))
+            and _addresses(params) == addresses
+            and _addresses(grads) == grad_addresses
+        )
+
+
 class Housed:
     """The parameters of an optimizer, by the buffer that holds their gradients."""
 
     def __init__(self, params: list[torch.Tensor]) -> None:
-        self._params = params  # kept alive, so that the key is nobody else's
-        self._key = self._key_of(params)
-        self._inside: dict[FlatBuffer, list[tuple[torch.Tensor, _Home]]] = {}
+        self._params = params
+        self._generation = _generation
+        self._inside: dict[FlatBuffer, _Residents] = {}
         self.outside: list[torch.Tensor] = []
         for param in {id(param): param for param in params}.values():
             buffer, home = _places.get(param, (None, None))
             if home is None or home.grad_memory is None:
                 self.outside.append(param)
             else:
-                self._inside.setdefault(buffer, []).append((param, home))
+                self._inside.setdefault(buffer, _Residents()).homes.append((param, home))
+        for residents in self._inside.values():
+            residents.note()
 
     def __bool__(self) -> bool:
         return bool(self._inside)
 
-    @staticmethod
-    def _key_of(params: list[torch.Tensor]) -> tuple[int, list[int]]:
-        return _generation, [id(param) for param in params]
-
     def is_of(self, params: list[torch.Tensor]) -> bool:
         """Whether these are the parameters, and no buffer has been made since."""
-        return self._key == self._key_of(params)
+        return (
+            self._generation == _generation
+            and len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+        )
 
     def zero_grad(self) -> None:
         """Sets their gradients, and no others, to zero in place."""
         for buffer, residents in self._inside.items():
-            buffer.clear(residents)
+            if not residents.are_in_place():
+                buffer.restore(residents.homes)
+                residents.note()
+            buffer.clear(residents.homes)
+
+
+_gradient = attrgetter("grad")
+_requires_grad = attrgetter("requires_grad")
+
+
+def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 def clearing_buffer(param: torch.Tensor) -> FlatBuffer | None:

@@ -11,6 +11,8 @@ from time import perf_counter
 
 SAMPLE_SECONDS = 2e-3  # a shorter call is repeated within a sample
 LEAST_ROUNDS = 5
+LEAST_TURNS = 3  # of the slowest call in them
+PATIENCE = 5.0  # seconds over time before a race is broken off all the same
 MOST_ROUNDS = 60
 
 
@@ -53,24 +55,31 @@ class Race:
     def run(
         self, seconds: float, rounds: int | None, on_progress: Callable[[float], object]
     ) -> None:
-        """Runs the given number of rounds, or those that fit into the time, but a least number.
+        """Runs the given number of rounds, or those that fit into the time.
+
+        They are at least :data:`LEAST_ROUNDS`, unless the machine becomes so slow that even those
+        take far longer; everything has its turn once at least.
 
         Args:
             seconds: How long the race may take.
             rounds: How often each call takes its turn; the time is ignored then.
             on_progress: Called with the share of the race that is done.
         """
-        start = perf_counter()
-        repeats = {name: self._repeats(call) for name, call in self.calls.items()}
-        costs = {name: self._sample(name, repeats[name]) for name in self.calls}
+        until = perf_counter() + seconds
+        repeats: dict[str, int] = {}
+        costs: dict[str, float] = {}
+        for name, call in self.calls.items():
+            repeats[name], costs[name] = _calibrate(call)
         strides = dict.fromkeys(self.calls, 1)
+        patience = float("inf")
         if rounds is None:
+            patience = PATIENCE
             shortest = min(costs.values())
             strides = {name: max(1, round(cost / shortest / 2)) for name, cost in costs.items()}
             a_round = sum(cost / strides[name] for name, cost in costs.items())
-            left = seconds - (perf_counter() - start)
-            rounds = min(max(int(left / a_round), LEAST_ROUNDS), MOST_ROUNDS)
-            most = max(1, (rounds - 1) // 2)  # three turns at least
+            fitting = int((until - perf_counter()) / a_round)
+            rounds = min(max(fitting, LEAST_ROUNDS), MOST_ROUNDS)
+            most = (rounds - 1) // (LEAST_TURNS - 1)
             strides = {name: min(stride, most) for name, stride in strides.items()}
         shuffled = random.Random(0)
         collects = gc.isenabled()
@@ -79,8 +88,10 @@ class Race:
             for turn in range(rounds):
                 due = [name for name in self.calls if turn % strides[name] == 0]
                 for name in shuffled.sample(due, len(due)):
-                    self.samples[name].append(self._sample(name, repeats[name]))
+                    self.samples[name].append(_sample(self.calls[name], repeats[name]))
                 on_progress((turn + 1) / rounds)
+                if perf_counter() > until + patience:
+                    break
         finally:
             if collects:
                 gc.enable()
@@ -89,22 +100,21 @@ class Race:
         """The timing of each call that has had a turn."""
         return {name: Timing.of(samples) for name, samples in self.samples.items() if samples}
 
-    @staticmethod
-    def _repeats(call: Callable[[], object]) -> int:
-        call()
-        repeats = 1
-        while True:
-            start = perf_counter()
-            for _ in range(repeats):
-                call()
-            took = perf_counter() - start
-            if took > SAMPLE_SECONDS / 4:
-                return max(1, round(repeats * SAMPLE_SECONDS / took))
-            repeats *= 4
 
-    def _sample(self, name: str, repeats: int) -> float:
-        call = self.calls[name]
-        start = perf_counter()
-        for _ in range(repeats):
-            call()
-        return (perf_counter() - start) / repeats
+def _calibrate(call: Callable[[], object]) -> tuple[int, float]:
+    """How often a call is repeated within a sample, and the seconds that this takes."""
+    repeats = 1
+    while True:
+        took = repeats * _sample(call, repeats)
+        if took > SAMPLE_SECONDS / 4:
+            right = max(1, round(repeats * SAMPLE_SECONDS / took))
+            return right, took / repeats * right
+        repeats *= 4
+
+
+def _sample(call: Callable[[], object], repeats: int) -> float:
+    """The seconds of one call, from several."""
+    start = perf_counter()
+    for _ in range(repeats):
+        call()
+    return (perf_counter() - start) / repeats

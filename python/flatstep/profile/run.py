@@ -16,10 +16,12 @@ from time import perf_counter
 import torch
 
 import flatstep
-from flatstep.profile import case, memory, training
+from flatstep.profile import memory, training
+from flatstep.profile.case import measure
 from flatstep.profile.check import Sample
 from flatstep.profile.implementations import Tensors, optimizer_named, states_kept, torch_paths
 from flatstep.profile.limit import Streams
+from flatstep.profile.measure import LEAST_TURNS, Timing
 from flatstep.profile.results import Case, Machine, Report, Training
 from flatstep.profile.workloads import WORKLOADS, Workload, workload_named, workload_of_model
 
@@ -129,11 +131,11 @@ def run(
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
-    session = _Session(plan() if tasks is None else tasks, seconds, whole_step, on_progress)
+    session = _Session(plan() if tasks is None else tasks, rounds, seconds, whole_step, on_progress)
     try:
-        session.measure_cases(rounds, slow_paths, on_case)
+        session.measure_cases(slow_paths, on_case)
         if whole_step:
-            session.measure_training(rounds, on_training)
+            session.measure_training(on_training)
     except KeyboardInterrupt:
         session.report.interrupted = True
     finally:
@@ -148,11 +150,13 @@ class _Session:
     def __init__(
         self,
         tasks: Sequence[Task],
+        rounds: int | None,
         seconds: float,
         whole_step: bool,
         on_progress: Callable[[float, str], object],
     ):
         self.tasks = tasks
+        self.rounds = rounds
         self.on_progress = on_progress
         self.report = Report(_machine())
         self.start = perf_counter()
@@ -179,43 +183,41 @@ class _Session:
         tell(1)
         self.left -= weight
 
-    def measure_cases(
-        self, rounds: int | None, slow_paths: bool, on_case: Callable[[Case], object]
-    ) -> None:
-        """Measures every case; those of one workload and dtype share its tensors."""
-        for (workload, dtype), group in groupby(self.tasks, lambda t: (t.workload, t.dtype)):
-            tasks = list(group)
-            refusals = [memory.refusal(workload, t.optimizer, DTYPES[dtype]) for t in tasks]
-            tensors: Tensors | None = None
-            streams = Streams(workload.parameters * DTYPES[dtype].itemsize)
-            sample = Sample(workload.shapes)
-            for task, refused in zip(tasks, refusals, strict=True):
-                measured = task.case()
-                measured.refused = refused
-                self.report.cases.append(measured)
-                try:
-                    with self._turn(task.weight, str(measured)) as (until, on_progress):
-                        if refused is None:
-                            tensors = tensors or Tensors(workload, DTYPES[dtype])
-                            paths = torch_paths(task.optimizer, slow=slow_paths)
-                            case.measure(
-                                measured,
-                                tensors,
-                                streams,
-                                sample,
-                                paths,
-                                until,
-                                rounds,
-                                on_progress,
-                            )
-                            gc.collect()
-                finally:
-                    if measured.refused or measured.results:
-                        on_case(measured)
+    def measure_cases(self, slow_paths: bool, on_case: Callable[[Case], object]) -> None:
+        """Measures every case."""
+        for (workload, dtype), tasks in groupby(self.tasks, lambda t: (t.workload, t.dtype)):
+            self._measure_workload(workload, DTYPES[dtype], list(tasks), slow_paths, on_case)
+            gc.collect()
 
-    def measure_training(
-        self, rounds: int | None, on_training: Callable[[Training], object]
+    def _measure_workload(
+        self,
+        workload: Workload,
+        dtype: torch.dtype,
+        tasks: list[Task],
+        slow_paths: bool,
+        on_case: Callable[[Case], object],
     ) -> None:
+        """Measures the cases of one workload and dtype, which share its tensors."""
+        refusals = [memory.refusal(workload, task.optimizer, dtype) for task in tasks]
+        tensors: Tensors | None = None
+        streams = Streams(workload.parameters * dtype.itemsize)
+        sample = Sample(workload.shapes)
+        for task, refused in zip(tasks, refusals, strict=True):
+            case = task.case()
+            case.refused = refused
+            self.report.cases.append(case)
+            try:
+                with self._turn(task.weight, str(case)) as (until, tell):
+                    if refused is None:
+                        tensors = tensors or Tensors(workload, dtype)
+                        paths = torch_paths(task.optimizer, slow=slow_paths)
+                        measure(case, tensors, streams, sample, paths, until, self.rounds, tell)
+                        gc.collect()
+            finally:
+                if case.refused or case.results:
+                    on_case(case)
+
+    def measure_training(self, on_training: Callable[[Training], object]) -> None:
         """Measures the whole step."""
         model = training.SmallGPT()
         needed, available = training.bytes_needed(model), memory.bytes_available()
@@ -228,7 +230,7 @@ class _Session:
         measured = self.report.training = training.new(model)
         try:
             with self._turn(TRAINING_WEIGHT, "whole step") as (until, tell):
-                training.measure(measured, model, until, rounds, tell)
+                training.measure(measured, model, until, self.rounds, tell)
         finally:
             if measured.results:
                 on_training(measured)
@@ -236,19 +238,26 @@ class _Session:
     def finish(self) -> None:
         """Adds what only the end shows."""
         self.report.seconds = perf_counter() - self.start
-        restless = {
-            str(case): None
-            for case in self.report.cases
-            for result in case.results
-            if result.timing is not None
-            and result.timing.spread > BUSY_SPREAD
-            and case.bytes_moved > LARGE
-        }
-        if restless:
-            self.report.warnings.append(
-                f"times vary by more than {BUSY_SPREAD:.0%} in {'; '.join(restless)}: "
-                "something else was running"
+        if self.rounds is None:
+            self._warn(
+                lambda timing: timing.rounds < LEAST_TURNS,
+                f"some paths had fewer than {LEAST_TURNS} turns: give --seconds more",
             )
+        self._warn(
+            lambda timing: timing.spread > BUSY_SPREAD,
+            f"times vary by more than {BUSY_SPREAD:.0%}: something else was running",
+        )
+
+    def _warn(self, is_bad: Callable[[Timing], bool], message: str) -> None:
+        """Warns of the large cases that have a bad timing."""
+        where = [
+            str(case)
+            for case in self.report.cases
+            if case.bytes_moved > LARGE
+            and any(result.timing and is_bad(result.timing) for result in case.results)
+        ]
+        if where:
+            self.report.warnings.append(f"{message} ({'; '.join(where)})")
 
 
 def _machine() -> Machine:
