@@ -56,6 +56,11 @@ bool is_readable(const TensorView& view) {
   return view.on_cpu && view.type != Stored::kUnknown && (view.data || view.count() == 0);
 }
 
+bool is_aligned(const TensorView& view) {
+  return reinterpret_cast<std::uintptr_t>(view.data) % static_cast<unsigned>(size_of(view.type)) ==
+         0;
+}
+
 // Whether the elements lie in as much memory as they need, in whatever order.
 bool is_compact(const TensorView& view) {
   std::int64_t product = 1, reach = 0;
@@ -213,7 +218,7 @@ bool Plan::row_matches(Row& row, PyObject* param) {
   row.param_hint = view.shape;
   if (!view_of(local_grad, view) || !view.on_cpu || view.type != row.type ||
       view.is_complex != row.is_complex || !same_memory_order(row, view) ||
-      (!view.data && row.count > 0) || answers_true(local_grad, kIsNeg) ||
+      (!view.data && row.count > 0) || !is_aligned(view) || answers_true(local_grad, kIsNeg) ||
       (view.is_complex && answers_true(local_grad, kIsConj))) {
     return false;
   }

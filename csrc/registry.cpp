@@ -4,11 +4,14 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cpu/floating_point.h"
+
 namespace flatstep {
 namespace {
 
 template <class Rule>
 Scalars prepare(const double* hyper, std::int64_t step, double scale) {
+  const IeeeMode ieee;
   const auto prepared = Rule::prepare(hyper, step, scale);
   static_assert(sizeof prepared <= sizeof(Scalars));
   Scalars scalars = {};

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -54,9 +55,7 @@ class Pool {
     if (!only) return job.run_rest();
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(workers_.size()) < helpers) {
-        workers_.emplace_back(&Pool::work, this, generation_);
-      }
+      hire(helpers);
       job_ = &job;
       wanted_ = helpers;
       ++generation_;
@@ -69,6 +68,16 @@ class Pool {
   }
 
  private:
+  void hire(int helpers) {
+    try {
+      while (static_cast<int>(workers_.size()) < helpers) {
+        workers_.emplace_back(&Pool::work, this, generation_);
+      }
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that there are do the work.
+    }
+  }
+
   void work(std::uint64_t seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {

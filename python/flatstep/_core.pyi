@@ -9,6 +9,7 @@ import typing
 __all__: list[str] = [
     "Plan",
     "advise_huge_pages",
+    "clear",
     "connect",
     "connect_dtensor",
     "connect_handles",
@@ -65,6 +66,11 @@ def advise_huge_pages(
     bytes: typing.SupportsInt | typing.SupportsIndex,
     wanted: bool,
 ) -> bool: ...
+def clear(
+    address: typing.SupportsInt | typing.SupportsIndex,
+    bytes: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def connect(exchange: typing.Any, tensor_type: typing.Any, parameter_type: typing.Any) -> None: ...
 def connect_dtensor(dtensor_type: typing.Any) -> None: ...
 def connect_handles(library: str | None, open_handles: typing.Any) -> None: ...

@@ -70,9 +70,13 @@ def increment_version(tensors: Iterable[torch.Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def empty_flat(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An uninitialised 1-D tensor, 64-byte aligned, on 2 MiB pages where the system grants them."""
+def zeros_flat(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Zeros, 1-D and 64-byte aligned, on 2 MiB pages where the system grants them."""
     flat = torch.empty(count, dtype=dtype, device=device)
-    if flat.device.type == "cpu" and count > 0:
+    if flat.device.type != "cpu":
+        return flat.zero_()
+    if count > 0:
         _core.advise_huge_pages(flat.data_ptr(), flat.nbytes, True)
+        # Not zero_(): torch's threads hang in a forked child.
+        _core.clear(flat.data_ptr(), flat.nbytes, torch.get_num_threads())
     return flat

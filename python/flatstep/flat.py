@@ -9,7 +9,7 @@ from operator import attrgetter, is_
 import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from flatstep._torch import empty_flat, increment_version
+from flatstep._torch import increment_version, zeros_flat
 from flatstep.optim.routes import (
     dense_stride,
     is_plain,
@@ -134,8 +134,8 @@ class FlatBuffer:
             starts.append((end + step - 1) // step * step)
             end = starts[-1] + param.numel()
             grads_end = end if gradients and param.requires_grad else grads_end
-        data = empty_flat(end, dtype, device).zero_()
-        grads = empty_flat(grads_end, dtype, device).zero_()
+        data = zeros_flat(end, dtype, device)
+        grads = zeros_flat(grads_end, dtype, device)
         for (name, param), start in zip(named, starts, strict=True):
             stride = dense_stride(param)
             view = data.as_strided(param.shape, stride, start).copy_(param)

@@ -284,9 +284,8 @@ def _update(
     _check_numbers(hyper, step, grad_scale)
     number = sum(flag_bits(rule)[name] for name, is_set in flags.items() if is_set)
     wanted: tuple[str, ...] = dict(RULES[rule]["variants"])[number]
-    for name in wanted:
-        if states[name] is None:
-            raise ValueError(f"{name} is missing: momentum {hyper.get('momentum')} needs it")
+    if "momentum_buffer" in wanted and states["momentum_buffer"] is None:
+        raise ValueError(f"momentum_buffer is missing: momentum {hyper['momentum']} needs it")
     arrays = {"param": param, "grad": grad, **{name: states[name] for name in wanted}}
     memory = {
         name: _memory_of(name, array, written=name != "grad") for name, array in arrays.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
@@ -62,6 +63,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.validate(defaults)
+        self._turn = threading.Lock()
         self._plan: _core.Plan | None = None
         self._gather = False
         self._housed: flat.Housed | None = None
@@ -92,6 +94,7 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
+        self._turn = threading.Lock()
         self._plan = None
         self._housed = None
         # Loaded states lie apart; the next step gathers them into flat buffers.
@@ -123,7 +126,12 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None or not float(found_inf):
-            self._update()
+            if not self._turn.acquire(blocking=False):
+                raise RuntimeError("step() of this optimizer is running in another thread")
+            try:
+                self._update()
+            finally:
+                self._turn.release()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -96,6 +96,12 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether the elements' addresses are multiples of their size."""
+    size = tensor.element_size() // (2 if tensor.is_complex() else 1)
+    return tensor.data_ptr() % size == 0
+
+
 def is_resolved(tensor: torch.Tensor) -> bool:
     """Whether memory holds the values themselves, not their negatives or conjugates."""
     return not tensor.is_neg() and not tensor.is_conj()
@@ -207,10 +213,11 @@ def update_alone(
     What the kernel cannot walk over in one order is copied into the parameter's order first; a
     parameter or state with gaps is copied back, so that nothing in the gaps is touched.
     """
-    flat = param if is_dense(param) else torch.empty_like(param).copy_(param)
+    usable = is_dense(param) and is_aligned(param)
+    flat = param if usable else torch.empty_like(param).copy_(param)
 
     def in_order(tensor: torch.Tensor) -> torch.Tensor:
-        if same_order(tensor, flat) and is_resolved(tensor):
+        if same_order(tensor, flat) and is_resolved(tensor) and is_aligned(tensor):
             return tensor
         return torch.empty_like(flat).copy_(tensor)
 

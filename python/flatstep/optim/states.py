@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from flatstep._torch import empty_flat
+from flatstep._torch import zeros_flat
 from flatstep.optim.routes import (
     Found,
     Route,
     dense_stride,
+    is_aligned,
     is_plain,
     is_resolved,
     local_of,
@@ -38,7 +39,7 @@ def zeros_like_all(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
             end = (end + step - 1) // step * step
         starts.append(end)
         ends[param.dtype] = (param.data_ptr() + param.numel() * size, end + param.numel())
-    buffers = {dtype: empty_flat(end, dtype).zero_() for dtype, (_, end) in ends.items()}
+    buffers = {dtype: zeros_flat(end, dtype) for dtype, (_, end) in ends.items()}
     views = []
     for param, start in zip(params, starts, strict=True):
         views.append(buffers[param.dtype].as_strided(param.shape, dense_stride(param), start))
@@ -136,7 +137,7 @@ def complete(
 
 def _fits(param: torch.Tensor, state: torch.Tensor) -> bool:
     local = local_of(state)
-    return same_order(local, local_of(param)) and is_resolved(local)
+    return same_order(local, local_of(param)) and is_resolved(local) and is_aligned(local)
 
 
 def _create(
