@@ -165,7 +165,13 @@ def route_of(found: Found, *, differentiable: bool) -> Route:
     ):
         return Route.TORCH
     _refuse_memory(found, local_param, local_grad)
-    if is_dense(local_param) and same_order(local_param, local_grad) and is_resolved(local_grad):
+    if (
+        is_dense(local_param)
+        and same_order(local_param, local_grad)
+        and is_resolved(local_grad)
+        and is_aligned(local_param)
+        and is_aligned(local_grad)
+    ):
         return Route.KERNEL
     return Route.ALONE
 

@@ -1,0 +1,35 @@
+"""What is installed: the types, the version, the names, and an import that stays small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata, resources
+
+import pytest
+
+import flatstep
+
+
+@pytest.mark.parametrize("name", ["py.typed", "_core.pyi"])
+def test_the_types_are_installed(name: str) -> None:
+    assert (resources.files("flatstep") / name).is_file()
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert flatstep.__version__ == metadata.version("flatstep")
+
+
+def test_every_public_name_exists() -> None:
+    assert len(set(flatstep.__all__)) == len(flatstep.__all__)
+    assert [name for name in flatstep.__all__ if not hasattr(flatstep, name)] == []
+
+
+def test_the_import_leaves_the_tools_alone() -> None:
+    # torch may import some of these itself, depending on its version: only what flatstep adds counts.
+    code = (
+        "import sys, torch; before = set(sys.modules); import flatstep; "
+        "print({'rich', 'typer', 'matplotlib'} & (set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
