@@ -26,7 +26,7 @@ def test_every_public_name_exists() -> None:
 
 
 def test_the_import_leaves_the_tools_alone() -> None:
-    # torch may import some of these itself, depending on its version: only what flatstep adds counts.
+    # torch may import some of these itself: only what flatstep adds counts.
     code = (
         "import sys, torch; before = set(sys.modules); import flatstep; "
         "print({'rich', 'typer', 'matplotlib'} & (set(sys.modules) - before))"
