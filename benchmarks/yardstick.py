@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def build(into: Path) -> ModuleType:
         cmake, "-S", str(ROOT), "-B", str(into), "-DFLATSTEP_YARDSTICK=ON",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     ]  # fmt: skip
-    for command in (configure, [cmake, "--build", str(into), "--parallel"]):
+    for command in (configure, [cmake, "--build", str(into), "--parallel", str(os.cpu_count())]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     [library] = into.glob("_core*.so")
     spec = importlib.util.spec_from_file_location("flatstep._core", library)
