@@ -170,6 +170,11 @@ def narrowing_factors() -> list[float]:
 # ---- arrays
 
 
+def is_of_squares(name: str) -> bool:
+    """Whether a state is a mean or a sum of squares, never negative."""
+    return "sq" in name or "sum" in name
+
+
 def address(x: np.ndarray) -> int:
     return x.__array_interface__["data"][0]
 
@@ -207,7 +212,7 @@ def random_arrays(of: Variant, dtype: str, count: int, seed: str = "") -> Arrays
     arrays = {}
     for name in of.arrays:
         bits = ordinary_values(dtype, count, rng).view(unsigned)
-        if "sq" in name:  # a mean of squares
+        if is_of_squares(name):
             bits = bits & unsigned.type(np.iinfo(unsigned).max // 2)
         special = rng.choice(special_values(dtype).view(unsigned), count)
         noise = rng.integers(0, np.iinfo(unsigned).max, count, unsigned, endpoint=True)
@@ -221,7 +226,7 @@ def ordinary_arrays(of: Variant, dtype: str, count: int, seed: str = "") -> Arra
     rng = np.random.default_rng(zlib.crc32(f"{of}-{dtype}-{count}-{seed}".encode()))
     arrays = {name: ordinary_values(dtype, count, rng) for name in of.arrays}
     for name, x in arrays.items():
-        if "sq" in name:
+        if is_of_squares(name):
             arrays[name] = reference.narrow(np.abs(reference.widen(x, dtype)), dtype)
     return arrays
 

@@ -17,6 +17,7 @@ from kernel_cases import (
     Update,
     Variant,
     every_value,
+    is_of_squares,
     ordinary_arrays,
     random_arrays,
 )
@@ -93,6 +94,8 @@ def test_an_update_is_the_textbook_s_but_for_a_few_roundings(
 ) -> None:
     if dtype == "float64" and not HAS_LONG_DOUBLE:
         pytest.skip("needs a type longer than float64")
+    if not hasattr(Textbook, of.rule):
+        pytest.skip(f"the textbook has no {of.rule} yet")
     hyper, scale = of.hyper(**SETTINGS[setting]), -0.5
     # In each element all terms have one sign, so that no difference magnifies a rounding error.
     before = {name: np.abs(x) for name, x in ordinary_arrays(of, dtype, 2000).items()}
@@ -100,7 +103,7 @@ def test_an_update_is_the_textbook_s_but_for_a_few_roundings(
     if "grad_avg" in before:
         before["square_avg"] += 2 * before["grad_avg"] ** 2
     sign = np.where(np.arange(2000) % 2, -1, 1).astype(before["p"].dtype)
-    before = {name: x if "sq" in name else sign * x for name, x in before.items()}
+    before = {name: x if is_of_squares(name) else sign * x for name, x in before.items()}
 
     found = Update(of, dtype, hyper, step, scale).by_reference(before)
     wide = {name: x.astype(np.longdouble) for name, x in before.items()}
