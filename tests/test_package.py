@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import metadata, resources
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,17 @@ def test_the_types_are_installed(name: str) -> None:
 
 def test_the_version_is_the_installed_one() -> None:
     assert flatstep.__version__ == metadata.version("flatstep")
+
+
+def test_nothing_but_the_package_is_installed() -> None:
+    files = metadata.files("flatstep")
+    if files is None or any("editable" in str(file) for file in files):
+        pytest.skip("not installed from a wheel")
+    own = ("flatstep/", f"flatstep-{flatstep.__version__}.dist-info/")
+    strays = [str(file) for file in files if not str(file).startswith(own)]
+    assert all(Path(stray).parts[-2:] == ("bin", "flatstep") for stray in strays), strays
+    kinds = {file.suffix for file in files if str(file).startswith(own[0])}
+    assert {".py", ".pyi", ".typed"} < kinds <= {".py", ".pyc", ".pyi", ".typed", ".so"}
 
 
 def test_every_public_name_exists() -> None:
