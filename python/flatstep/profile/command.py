@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from flatstep._torch import DTYPES
 from flatstep.profile.implementations import OPTIMIZERS
 from flatstep.profile.plot import FORMATS, draw
 from flatstep.profile.report import case_table, print_end, training_table
-from flatstep.profile.run import DTYPES, OPTIMIZERS_BY_DEFAULT, SECONDS_BY_DEFAULT, plan, run
+from flatstep.profile.run import OPTIMIZERS_BY_DEFAULT, SECONDS_BY_DEFAULT, plan, run
 from flatstep.profile.workloads import WORKLOADS
 
 INTERRUPTED = 130

@@ -16,6 +16,7 @@ from time import perf_counter
 import torch
 
 import flatstep
+from flatstep._torch import DTYPES
 from flatstep.profile import memory, training
 from flatstep.profile.case import measure
 from flatstep.profile.check import Sample
@@ -25,9 +26,6 @@ from flatstep.profile.measure import LEAST_TURNS, Timing
 from flatstep.profile.results import Case, Machine, Report, Training
 from flatstep.profile.workloads import WORKLOADS, Workload, workload_named, workload_of_model
 
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")
-}
 OPTIMIZERS_BY_DEFAULT = ("adam", "sgd", "rmsprop")
 SECONDS_BY_DEFAULT = 150.0
 TRAINING_WEIGHT = 12.0
