@@ -27,6 +27,7 @@ from torch.nn import Parameter
 
 import flatstep
 from flatstep import profile
+from flatstep._torch import zeros_flat
 from flatstep.profile.measure import Race
 from flatstep.profile.report import case_table, machine_line, training_table
 
@@ -125,7 +126,7 @@ def first_step() -> Iterator[Figure]:
     def seconds(build: Build) -> float:
         optimizer = build(params)
         # Memory that was in use just before is at hand: neither waits for the system to find it.
-        torch.zeros(2, sum(param.numel() for param in params))
+        zeros_flat(2 * sum(param.numel() for param in params), torch.float32).zero_()
         start = perf_counter()
         optimizer.step()
         return perf_counter() - start

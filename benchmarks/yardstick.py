@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from flatstep._torch import zeros_flat
+
 if TYPE_CHECKING:
     from flatstep.profile.measure import Timing
 
@@ -127,9 +129,8 @@ class Arrays:
 
     def __init__(self, core: ModuleType, dtype: str, states: int, count: int):
         self.core, self.count = core, count
-        self.all = [torch.empty(count, dtype=getattr(torch, dtype)) for _ in range(2 + states)]
+        self.all = [zeros_flat(count, getattr(torch, dtype)) for _ in range(2 + states)]
         for array in self.all:
-            core.advise_huge_pages(array.data_ptr(), array.nbytes, True)
             array.uniform_(0.5, 1)
 
     def step(self, variant: Variant, isa: str) -> Callable[[], None]:

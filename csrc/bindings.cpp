@@ -128,21 +128,6 @@ PYBIND11_MODULE(_core, module) {
   module.def("update", &update, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a,
              "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a);
   module.def("traffic", &traffic, "streams"_a, "written"_a, "count"_a, "threads"_a);
-  module.def(
-      "clear",
-      [](std::uintptr_t at, std::int64_t bytes, int threads) {
-        if (!at || bytes < 0) throw std::invalid_argument("there is no such memory to clear");
-        const int count = available_threads(threads);
-        const py::gil_scoped_release others_may_run;
-        clear(pointer(at), bytes, count);
-      },
-      "address"_a, "bytes"_a, "threads"_a);
-  module.def(
-      "advise_huge_pages",
-      [](std::uintptr_t at, std::size_t bytes, bool wanted) {
-        return advise_huge_pages(pointer(at), bytes, wanted);
-      },
-      "address"_a, "bytes"_a, "wanted"_a);
 
   py::class_<Plan>(module, "Plan")
       .def(py::init<const std::string&>(), "rule"_a)

@@ -16,11 +16,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import flatstep
-from flatstep import _core, profile, reference
+from flatstep import profile, reference
+from flatstep._torch import HUGE_PAGE, zeros_flat
 from flatstep.profile import measure, memory, training
 from flatstep.profile.command import profile as command
 from flatstep.profile.implementations import OPTIMIZERS, TORCH_PATHS
-from flatstep.profile.limit import HUGE_PAGE, Pages, Streams, huge_page_share
+from flatstep.profile.limit import Pages, Streams, huge_page_share
 from flatstep.profile.measure import Race, Timing
 from flatstep.profile.workloads import WORKLOADS
 
@@ -149,10 +150,7 @@ def test_the_limit_moves_zeros_and_leaves_zeros():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what it granted")
 def test_huge_pages_are_seen_where_they_are_granted():
-    small, large = (torch.empty(16 << 20, dtype=torch.uint8) for _ in range(2))
-    _core.advise_huge_pages(small.data_ptr(), small.nbytes, False)
-    if not _core.advise_huge_pages(large.data_ptr(), large.nbytes, True):
-        pytest.skip("this system has no huge pages")
+    small, large = (zeros_flat(16 << 20, torch.uint8, huge_pages=huge) for huge in (False, True))
     small.zero_()
     large.zero_()
     assert huge_page_share([small]) == 0

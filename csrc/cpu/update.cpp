@@ -67,23 +67,6 @@ void run_update(const std::vector<Segment>& segments, int threads) {
       &shares);
 }
 
-void clear(void* at, std::int64_t bytes, int threads) {
-  struct Task {
-    char* at;
-    std::int64_t bytes;
-    int shares;
-
-    void run(int index) const {
-      const std::int64_t begin = bytes / shares * index;
-      const std::int64_t end = index + 1 == shares ? bytes : bytes / shares * (index + 1);
-      std::memset(at + begin, 0, static_cast<std::size_t>(end - begin));
-    }
-  };
-  Task all{static_cast<char*>(at), bytes, useful_threads(bytes / 4, threads)};
-  run_on_threads(
-      all.shares, [](int index, void* context) { static_cast<Task*>(context)->run(index); }, &all);
-}
-
 void run_traffic(const std::vector<float*>& streams, int written, std::int64_t count, int threads) {
   struct Task {
     float* const* streams;

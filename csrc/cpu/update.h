@@ -22,9 +22,6 @@ inline constexpr std::int64_t kElementsPerThread = 1 << 15;
 
 void run_update(const std::vector<Segment>& segments, int threads);
 
-// Sets bytes of memory to zero.
-void clear(void* at, std::int64_t bytes, int threads);
-
 // Moves count floats of each stream through memory as an update would; the floats should be zero.
 void run_traffic(const std::vector<float*>& streams, int written, std::int64_t count, int threads);
 

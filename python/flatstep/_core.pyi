@@ -8,8 +8,6 @@ import typing
 
 __all__: list[str] = [
     "Plan",
-    "advise_huge_pages",
-    "clear",
     "connect",
     "connect_dtensor",
     "connect_handles",
@@ -61,16 +59,6 @@ class Plan:
     @property
     def segments(self) -> int: ...
 
-def advise_huge_pages(
-    address: typing.SupportsInt | typing.SupportsIndex,
-    bytes: typing.SupportsInt | typing.SupportsIndex,
-    wanted: bool,
-) -> bool: ...
-def clear(
-    address: typing.SupportsInt | typing.SupportsIndex,
-    bytes: typing.SupportsInt | typing.SupportsIndex,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> None: ...
 def connect(exchange: typing.Any, tensor_type: typing.Any, parameter_type: typing.Any) -> None: ...
 def connect_dtensor(dtensor_type: typing.Any) -> None: ...
 def connect_handles(library: str | None, open_handles: typing.Any) -> None: ...

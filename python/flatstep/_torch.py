@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +31,13 @@ STORED: dict[torch.dtype, str] = {
 LAYOUT: dict[tuple[str, str, str], int] = {
     layout: index for index, layout in enumerate(_core.layouts())
 }
+
+HUGE_PAGE = 2 << 20  # bytes
+
+# Of mmap.mmap; elsewhere than on Unix every mapping without a file is like this.
+_PRIVATE: dict[str, Any] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
 
 dtensor: type | None = None
 
@@ -70,13 +80,36 @@ def increment_version(tensors: Iterable[torch.Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def zeros_flat(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Zeros, 1-D and 64-byte aligned, on 2 MiB pages where the system grants them."""
-    flat = torch.empty(count, dtype=dtype, device=device)
-    if flat.device.type != "cpu":
-        return flat.zero_()
-    if count > 0:
-        _core.advise_huge_pages(flat.data_ptr(), flat.nbytes, True)
-        # Not zero_(): torch's threads hang in a forked child.
-        _core.clear(flat.data_ptr(), flat.nbytes, torch.get_num_threads())
-    return flat
+def zeros_flat(
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    huge_pages: bool = True,
+) -> torch.Tensor:
+    """Zeros, 1-D and 64-byte aligned, on 2 MiB pages where the system grants them.
+
+    On the CPU it is a mapping of its own, whose pages the system clears when they are first
+    touched: by the thread that will use them, and in no pass of their own. Memory from the
+    allocator may have been in use before, and then keeps its small pages.
+
+    Raises:
+        MemoryError: There is no such amount of memory.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    size = count * dtype.itemsize
+    margin = HUGE_PAGE if size >= HUGE_PAGE else 0
+    try:
+        mapping = mmap.mmap(-1, size + margin, **_PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes for a flat buffer cannot be had: {error}") from error
+    start = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+    offset = -start % HUGE_PAGE if margin else 0
+    advice = getattr(mmap, "MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE", None)
+    if advice is not None:
+        with contextlib.suppress(OSError):  # a system built without them
+            mapping.madvise(advice, offset, size)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)

@@ -7,10 +7,10 @@ from time import perf_counter
 
 import torch
 
-from flatstep._torch import zeros_flat
+from flatstep._torch import HUGE_PAGE, zeros_flat
 from flatstep.profile.check import STEPS, Sample, Values, check
 from flatstep.profile.implementations import Implementation, Tensors
-from flatstep.profile.limit import HUGE_PAGE, Pages, Streams
+from flatstep.profile.limit import Pages, Streams
 from flatstep.profile.measure import Race, Timing
 from flatstep.profile.results import Case, Limit, Result
 
@@ -46,7 +46,7 @@ def measure(
                 if not other.ours:  # one copy of torch's states in memory is enough
                     other.optimizer.state.clear()
         # Memory that was in use just before is at hand: nobody's first step waits for more of it.
-        zeros_flat(case.states * streams.size, torch.uint8)
+        zeros_flat(case.states * streams.size, torch.uint8).zero_()
         case.results.append(_first_steps(implementation, case.optimizer, sample))
         on_progress(FIRST_STEPS * (place + 1) / len(implementations))
     right = [

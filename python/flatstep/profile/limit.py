@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 from flatstep import _core
-
-HUGE_PAGE = 2 << 20  # bytes
+from flatstep._torch import zeros_flat
 
 
 class Pages(NamedTuple):
@@ -90,7 +89,5 @@ class Streams:
     def _take(self, huge: bool, begin: int, end: int) -> list[torch.Tensor]:
         arrays = self._arrays[huge]
         while len(arrays) < end:
-            array = torch.empty(self.size // 4, dtype=torch.float32)
-            _core.advise_huge_pages(array.data_ptr(), array.nbytes, huge)
-            arrays.append(array.zero_())
+            arrays.append(zeros_flat(self.size // 4, torch.float32, huge_pages=huge).zero_())
         return arrays[begin:end]
