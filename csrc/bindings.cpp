@@ -137,6 +137,7 @@ PYBIND11_MODULE(_core, module) {
       .def("add_other", &Plan::add_other, "group"_a, "param"_a, "without_gradient"_a)
       .def("end", &Plan::end, "state"_a)
       .def("matches", &Plan::matches, "groups"_a, "state"_a, "flags"_a)
+      .def("updated", &Plan::updated)
       .def("step", &Plan::step, "hyper"_a, "scales"_a, "threads"_a)
       .def_property_readonly("segments", &Plan::segments);
 }

@@ -13,14 +13,6 @@ namespace py = pybind11;
 
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
-// Whether the method of the tensor that takes nothing answers True.
-bool answers_true(PyObject* tensor, PyObject* method) {
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor, method);
-  if (!answer) throw py::error_already_set();
-  Py_DECREF(answer);
-  return answer == Py_True;
-}
-
 bool same_placements(PyObject* a, PyObject* b) {
   static PyObject* const kPlacements = name("placements");
   const auto first = py::reinterpret_steal<py::object>(PyObject_GetAttr(a, kPlacements));
@@ -138,7 +130,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
       throw std::invalid_argument("a state's memory is unlike its parameter's");
     }
     row.arrays.state[i] = state.data;
-    state_tensors_.add(tensor);
+    state_tensors_.add(tensor, state);
   }
   if (!step.is_none()) {
     TensorView counter;
@@ -149,15 +141,17 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
     }
     row.step = counter.data;
     row.step_type = counter.type;
-    state_tensors_.add(step);
+    state_tensors_.add(step, counter);
   }
+  row.state_tensors = state_tensors_.size() - row.first_state;
   rows_.push_back(row);
 }
 
 void Plan::end(const py::dict& state) {
   release();
   for (const auto& [param, dict] : state) {
-    StateEntry entry{param.ptr(), dict.ptr(), state_values_.size(), 0};
+    StateEntry entry{param.ptr(), dict.ptr(), state_values_.size(), 0, nullptr};
+    entry.keys_hint = reinterpret_cast<PyDictObject*>(dict.ptr())->ma_keys;
     for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(dict)) {
       state_values_.push_back(py::reinterpret_borrow<py::object>(value));
     }
@@ -185,24 +179,18 @@ void Plan::prefetch_row(std::size_t at) const {
   const Row& row = rows_[at];
   __builtin_prefetch(row.param);
   __builtin_prefetch(row.grad);
-  prefetch_tensor(row.param_hint);
-  prefetch_tensor(row.grad_hint);
+  prefetch_tensor(row.param_hint, true);
+  prefetch_tensor(row.grad_hint, true);
 }
 
 bool Plan::row_matches(Row& row, PyObject* param) {
-  static PyObject* const kGrad = name("grad");
-  static PyObject* const kIsNeg = name("is_neg");
-  static PyObject* const kIsConj = name("is_conj");
   if (row.param != param) return false;
-  PyObject* grad = PyObject_GetAttr(param, kGrad);
-  if (!grad) throw py::error_already_set();
+  py::object gradient = grad_of(param);
+  PyObject* const grad = gradient.ptr();
   row.active = grad != Py_None;
-  if (!row.active || row.kind != Kind::kUpdated) {
-    Py_DECREF(grad);
-    return !row.active || row.kind == Kind::kElsewhere;
-  }
+  if (!row.active || row.kind != Kind::kUpdated) return !row.active || row.kind == Kind::kElsewhere;
   Py_INCREF(param);
-  held_.insert(held_.end(), {param, grad});
+  held_.insert(held_.end(), {param, gradient.release().ptr()});
   if (row.cleared && row.cleared != grad) return false;
   if (is_dtensor(param)) {
     if (!is_dtensor(grad) || !same_placements(param, grad)) return false;
@@ -218,8 +206,8 @@ bool Plan::row_matches(Row& row, PyObject* param) {
   row.param_hint = view.shape;
   if (!view_of(local_grad, view) || !view.on_cpu || view.type != row.type ||
       view.is_complex != row.is_complex || !same_memory_order(row, view) ||
-      (!view.data && row.count > 0) || !is_aligned(view) || answers_true(local_grad, kIsNeg) ||
-      (view.is_complex && answers_true(local_grad, kIsConj))) {
+      (!view.data && row.count > 0) || !is_aligned(view) ||
+      is_unresolved(local_grad, view.is_complex)) {
     return false;
   }
   row.arrays.grad = view.data;
@@ -228,12 +216,20 @@ bool Plan::row_matches(Row& row, PyObject* param) {
   return true;
 }
 
+void Plan::prefetch_entry(const StateEntry& entry) {
+  __builtin_prefetch(entry.dict);
+  const auto* const keys = static_cast<const char*>(entry.keys_hint);
+  for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
+}
+
 bool Plan::state_matches(const py::dict& state) const {
   PyObject *param, *dict, *key, *value;
   Py_ssize_t at = 0;
   std::size_t next = 0;
   while (PyDict_Next(state.ptr(), &at, &param, &dict)) {
     if (next == state_entries_.size()) return false;
+    if (next + kRowsAhead < state_entries_.size())
+      prefetch_entry(state_entries_[next + kRowsAhead]);
     const StateEntry& entry = state_entries_[next++];
     if (entry.param != param || entry.dict != dict || !PyDict_Check(dict) ||
         static_cast<std::size_t>(PyDict_GET_SIZE(dict)) != entry.value_count) {
@@ -250,22 +246,12 @@ bool Plan::state_matches(const py::dict& state) const {
 
 // A state tensor can be given other memory without a new object (state["exp_avg"].data = ...).
 bool Plan::states_in_place() const {
-  TensorView view;
   for (const Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
-    std::size_t at = row.first_state;
-    for (std::size_t i = 0; i <= kMaxStates; ++i) {
-      state_tensors_.prefetch(at + (kMaxStates + 1) * kRowsAhead + i);
+    for (std::size_t i = 0; i < row.state_tensors; ++i) {
+      state_tensors_.prefetch(row.first_state + row.state_tensors * kRowsAhead + i);
+      if (!state_tensors_.is_in_place(row.first_state + i)) return false;
     }
-    const unsigned mask = mask_of(row);
-    for (int i = 0; i < kMaxStates; ++i) {
-      if (!(mask >> i & 1)) continue;
-      if (!state_tensors_.view(at++, view) || view.data != row.arrays.state[i] ||
-          view.type != row.type || view.count() != row.count) {
-        return false;
-      }
-    }
-    if (row.step && (!state_tensors_.view(at, view) || view.data != row.step)) return false;
   }
   return true;
 }
@@ -335,8 +321,18 @@ void Plan::append(const Row& row, const double* scalars) {
   segments_.push_back({row.arrays, row.count, kernel, scalars, row.cleared ? grad : nullptr, size});
 }
 
-py::object Plan::step(const std::vector<std::vector<double>>& hyper,
-                      const std::vector<double>& scales, int threads) {
+py::list Plan::updated() const {
+  if (!matched_)
+    throw std::runtime_error("updated() must follow a call of matches() that said true");
+  py::list updated;
+  for (const Row& row : rows_) {
+    if (row.active && row.kind == Kind::kUpdated) updated.append(py::handle(row.param));
+  }
+  return updated;
+}
+
+void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
+                int threads) {
   if (!matched_) throw std::runtime_error("step() must follow a call of matches() that said true");
   matched_ = false;
   if (hyper.size() != flags_.size() || scales.size() != flags_.size()) {
@@ -350,11 +346,9 @@ py::object Plan::step(const std::vector<std::vector<double>>& hyper,
   segments_.clear();
   scalars_.clear();
   std::int64_t total = 0;
-  bool all = true;
   std::pair<int, std::int64_t> last = {-1, 0};
   const double* scalars = nullptr;
   for (const Row& row : rows_) {
-    all = all && row.active && row.kind == Kind::kUpdated;
     if (!row.active || row.kind != Kind::kUpdated) continue;
     const std::pair key = {row.group, step_of(row)};
     if (key != last) {
@@ -377,23 +371,23 @@ py::object Plan::step(const std::vector<std::vector<double>>& hyper,
     const py::gil_scoped_release others_may_run;
     run_update(segments_, threads);
   }
-  auto updated = all ? py::object(py::none()) : py::object(py::list());
   for (Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
     if (row.step_type == Stored::kFloat32) *static_cast<float*>(row.step) += 1;
     if (row.step_type == Stored::kFloat64) *static_cast<double*>(row.step) += 1;
     row.first_step = false;
-    if (!all) py::reinterpret_borrow<py::list>(updated).append(py::handle(row.param));
   }
   release();
-  return updated;
 }
 
 void Plan::release() {
   if (running_) throw std::runtime_error(kInUse);
   matched_ = false;
   ++turn_;
-  for (PyObject* object : held_) Py_DECREF(object);
+  for (std::size_t i = 0; i < held_.size(); ++i) {
+    if (i + 2 * kRowsAhead < held_.size()) __builtin_prefetch(held_[i + 2 * kRowsAhead]);
+    Py_DECREF(held_[i]);
+  }
   held_.clear();
 }
 

@@ -38,10 +38,12 @@ class Plan {
   bool matches(const pybind11::list& groups, const pybind11::dict& state,
                const std::vector<unsigned>& flags);
 
-  // One update of all rows whose parameter has a gradient; matches() has just said true. Returns
-  // None where that is every parameter of every group, else the list of those updated.
-  pybind11::object step(const std::vector<std::vector<double>>& hyper,
-                        const std::vector<double>& scales, int threads);
+  // The parameters that step() will update; matches() has just said true.
+  pybind11::list updated() const;
+
+  // One update of all rows whose parameter has a gradient; matches() has just said true.
+  void step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
+            int threads);
 
   // How many pieces of memory the last step walked over.
   std::size_t segments() const { return segments_.size(); }
@@ -59,8 +61,9 @@ class Plan {
     Stored type = Stored::kUnknown;
     bool is_complex = false;
     int dims = 0;
-    std::size_t first_dim = 0;    // in dims_: the shape, then the strides
-    std::size_t first_state = 0;  // in state_tensors_
+    std::size_t first_dim = 0;  // in dims_: the shape, then the strides
+    // In state_tensors_, the step among them.
+    std::size_t first_state = 0, state_tensors = 0;
     std::int64_t count = 0;
     Arrays arrays = {};
     // Where torch's objects were when last seen: good enough to prefetch, never to read.
@@ -73,10 +76,12 @@ class Plan {
   struct StateEntry {
     PyObject *param, *dict;
     std::size_t first_value, value_count;
+    const void* keys_hint;  // of the dict
   };
 
   unsigned mask_of(const Row& row) const;  // the states that its variant uses
   void prefetch_row(std::size_t at) const;
+  static void prefetch_entry(const StateEntry& entry);
   bool everything_matches(const pybind11::list& groups, const pybind11::dict& state,
                           const std::vector<unsigned>& flags);
   bool row_matches(Row& row, PyObject* param);

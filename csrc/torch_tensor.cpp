@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstring>
 #include <stdexcept>
 
@@ -43,19 +42,18 @@ struct Torch {
   const ExchangeTable* exchange = nullptr;
   PyObject *tensor_type = nullptr, *parameter_type = nullptr, *dtensor_type = nullptr;
   PyObject* local_tensor = nullptr;  // the attribute's name
+  // Of plain tensors, called without a lookup.
+  PyGetSetDef* grad = nullptr;
+  PyMethodDef *is_neg = nullptr, *is_conj = nullptr;
 };
 Torch torch;
 
 // What is used of torch's handles; every function answers 0 where it succeeds.
 struct HandleTable {
   int (*data)(void* handle, void** out);
-  int (*dims)(void* handle, std::int64_t* out);
-  int (*shape)(void* handle, const std::int64_t** out);
-  int (*strides)(void* handle, const std::int64_t** out);
+  int (*count)(void* handle, std::int64_t* out);
   int (*dtype)(void* handle, std::int32_t* out);
   int (*close)(void* handle);
-  // The numbers of float32, float64, bfloat16, float16, complex64 and complex128.
-  std::array<std::int32_t, 6> dtypes;
 };
 HandleTable handles;
 PyObject* open_handles = nullptr;  // null: no handles
@@ -67,40 +65,32 @@ bool find(void* library, const char* symbol, Function& function) {
 }
 
 bool find_handles(void* library, HandleTable& table) {
-  const char* const names[] = {"float32", "float64",   "bfloat16",
-                               "float16", "complex64", "complex128"};
-  std::size_t next = 0;
-  for (const char* name : names) {
-    std::int32_t (*number)() = nullptr;
-    if (!find(library, (std::string("aoti_torch_dtype_") + name).c_str(), number)) return false;
-    table.dtypes[next++] = number();
-  }
   return find(library, "aoti_torch_get_data_ptr", table.data) &&
-         find(library, "aoti_torch_get_dim", table.dims) &&
-         find(library, "aoti_torch_get_sizes", table.shape) &&
-         find(library, "aoti_torch_get_strides", table.strides) &&
+         find(library, "aoti_torch_get_numel", table.count) &&
          find(library, "aoti_torch_get_dtype", table.dtype) &&
          find(library, "aoti_torch_delete_tensor_object", table.close);
 }
 
-bool view_by_handle(void* handle, TensorView& view) {
-  std::int64_t dims = 0;
-  std::int32_t dtype = -1;
-  if (handles.data(handle, &view.data) || handles.dims(handle, &dims) ||
-      handles.shape(handle, &view.shape) || handles.strides(handle, &view.strides) ||
-      handles.dtype(handle, &dtype)) {
-    return false;
-  }
-  constexpr Stored kStored[] = {Stored::kFloat32, Stored::kFloat64, Stored::kBFloat16,
-                                Stored::kFloat16, Stored::kFloat32, Stored::kFloat64};
-  view.dims = static_cast<int>(dims);
-  view.type = Stored::kUnknown;
-  for (std::size_t i = 0; i < handles.dtypes.size(); ++i) {
-    if (dtype != handles.dtypes[i]) continue;
-    view.type = kStored[i];
-    view.is_complex = i >= 4;
-  }
-  return true;
+PyGetSetDef* find_getter(py::handle type, const char* name) {
+  const py::object found = type.attr(name);
+  if (!Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type)) return nullptr;
+  return reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;
+}
+
+PyMethodDef* find_method(py::handle type, const char* name) {
+  const py::object found = type.attr(name);
+  if (!Py_IS_TYPE(found.ptr(), &PyMethodDescr_Type)) return nullptr;
+  PyMethodDef* const method = reinterpret_cast<PyMethodDescrObject*>(found.ptr())->d_method;
+  return method->ml_flags == METH_NOARGS ? method : nullptr;
+}
+
+// Whether the method of the tensor that takes nothing answers True.
+bool answers_true(PyObject* tensor, const PyMethodDef* method, const char* name) {
+  const auto answer = py::reinterpret_steal<py::object>(
+      method && is_plain(tensor) ? method->ml_meth(tensor, nullptr)
+                                 : PyObject_CallMethod(tensor, name, nullptr));
+  if (!answer) throw py::error_already_set();
+  return answer.is(py::handle(Py_True));
 }
 
 Stored stored_of(int code, int bits) {
@@ -169,6 +159,9 @@ void connect(py::object exchange_capsule, py::object tensor_type, py::object par
     if (!table) throw py::error_already_set();
     if (table->header.major == 1 && table->tensor_from_object) torch.exchange = table;
   }
+  torch.grad = find_getter(tensor_type, "grad");
+  torch.is_neg = find_method(tensor_type, "is_neg");
+  torch.is_conj = find_method(tensor_type, "is_conj");
   torch.tensor_type = tensor_type.release().ptr();
   torch.parameter_type = parameter_type.release().ptr();
   if (!torch.local_tensor) torch.local_tensor = PyUnicode_InternFromString("_local_tensor");
@@ -181,42 +174,58 @@ void connect_handles(const std::optional<std::string>& library, py::object open)
   if (found && find_handles(found, handles)) open_handles = open.release().ptr();
 }
 
+void HeldTensors::add(py::object tensor, const TensorView& seen) {
+  tensors_.push_back(std::move(tensor));
+  held_.push_back({nullptr, seen.data, seen.count(), 0, seen.type, seen.shape});
+}
+
 void HeldTensors::open() {
-  if (open_handles) {
-    const auto capsules = py::reinterpret_borrow<py::function>(open_handles)(py::cast(tensors_));
-    for (const auto& capsule : capsules) {
-      handles_.push_back(PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr())));
-      if (!handles_.back()) throw py::error_already_set();
-    }
-  }
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    TensorView seen;
-    hints_.push_back(view(i, seen) ? seen.shape : nullptr);
+  if (!open_handles) return;
+  const auto capsules = py::reinterpret_borrow<py::function>(open_handles)(py::cast(tensors_));
+  std::size_t next = 0;
+  for (const auto& capsule : capsules) {
+    Held& held = held_.at(next++);
+    held.handle = PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr()));
+    if (!held.handle) throw py::error_already_set();
+    handles.count(held.handle, &held.count);
+    handles.dtype(held.handle, &held.dtype);
   }
 }
 
 void HeldTensors::clear() {
-  for (void* handle : handles_) handles.close(handle);
-  handles_.clear();
+  for (const Held& held : held_) {
+    if (held.handle) handles.close(held.handle);
+  }
+  held_.clear();
   tensors_.clear();
-  hints_.clear();
 }
 
-bool HeldTensors::view(std::size_t at, TensorView& view) const {
-  return handles_.empty() ? view_of(tensors_[at].ptr(), view) : view_by_handle(handles_[at], view);
+bool HeldTensors::is_in_place(std::size_t at) const {
+  const Held& held = held_[at];
+  if (!held.handle) {
+    TensorView now;
+    return view_of(tensors_[at].ptr(), now) && now.data == held.data && now.type == held.type &&
+           now.count() == held.count;
+  }
+  void* data = nullptr;
+  std::int64_t count = -1;
+  std::int32_t dtype = -1;
+  return handles.data(held.handle, &data) == 0 && data == held.data &&
+         handles.count(held.handle, &count) == 0 && count == held.count &&
+         handles.dtype(held.handle, &dtype) == 0 && dtype == held.dtype;
 }
 
 void HeldTensors::prefetch(std::size_t at) const {
-  if (at >= hints_.size()) return;
-  __builtin_prefetch(handles_.empty() ? tensors_[at].ptr() : handles_[at]);
-  prefetch_tensor(hints_[at]);
+  if (at >= held_.size()) return;
+  __builtin_prefetch(held_[at].handle);
+  prefetch_tensor(held_[at].hint, false);
 }
 
-// The shape lies in the tensor's object; its storage's object was most likely allocated just
-// before.
-void prefetch_tensor(const void* shape) {
+// The shape lies in the tensor's object, 64 bytes or so from its beginning; a storage's object was
+// most likely allocated just before.
+void prefetch_tensor(const void* shape, bool with_storage) {
   const auto at = reinterpret_cast<std::uintptr_t>(shape);  // of any value: no access can fault
-  for (std::uintptr_t line = at - 5 * 64; line <= at + 64; line += 64) {
+  for (std::uintptr_t line = at - (with_storage ? 5 : 1) * 64; line <= at + 128; line += 64) {
     __builtin_prefetch(reinterpret_cast<const void*>(line));
   }
 }
@@ -238,6 +247,20 @@ PyObject* local_of(PyObject* tensor) {
   if (!local) throw py::error_already_set();
   Py_DECREF(local);  // the DTensor holds it
   return local;
+}
+
+py::object grad_of(PyObject* tensor) {
+  static PyObject* const kGrad = PyUnicode_InternFromString("grad");
+  PyObject* const grad = torch.grad && is_plain(tensor)
+                             ? torch.grad->get(tensor, torch.grad->closure)
+                             : PyObject_GetAttr(tensor, kGrad);
+  if (!grad) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(grad);
+}
+
+bool is_unresolved(PyObject* tensor, bool is_complex) {
+  return answers_true(tensor, torch.is_neg, "is_neg") ||
+         (is_complex && answers_true(tensor, torch.is_conj, "is_conj"));
 }
 
 bool view_of(PyObject* tensor, TensorView& view) {

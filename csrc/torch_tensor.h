@@ -27,8 +27,9 @@ struct TensorView {
   std::int64_t count() const;
 };
 
-// Asks for the lines of the object that a tensor's shape lies in. The address is only a hint.
-void prefetch_tensor(const void* shape);
+// Asks for the lines of the objects that a tensor is made of, given where its shape lies. The
+// address is only a hint. with_storage: its storage is its own, and not one that many share.
+void prefetch_tensor(const void* shape, bool with_storage);
 
 // exchange_capsule: torch.Tensor.__dlpack_c_exchange_api__ or None. tensor_type, parameter_type:
 // the classes whose instances are plain memory; dtensor_type: the class whose _local_tensor is,
@@ -46,11 +47,16 @@ bool is_plain(PyObject* tensor);
 PyObject* local_of(PyObject* tensor);
 bool is_dtensor(PyObject* tensor);
 
+// tensor.grad, a new reference.
+pybind11::object grad_of(PyObject* tensor);
+// tensor.is_neg() or tensor.is_conj(): whether memory holds other values than the tensor's.
+bool is_unresolved(PyObject* tensor, bool is_complex);
+
 // False (and no Python error) where the memory cannot be described.
 bool view_of(PyObject* tensor, TensorView& view);
 
 // Tensors that are held and looked at again and again. Where torch has handles of its stable C
-// interface (aoti_torch/c/shim.h), a look costs a quarter of view_of.
+// interface (aoti_torch/c/shim.h), a look costs a tenth of view_of.
 class HeldTensors {
  public:
   HeldTensors() = default;
@@ -58,20 +64,29 @@ class HeldTensors {
   HeldTensors& operator=(const HeldTensors&) = delete;
   ~HeldTensors() { clear(); }
 
-  void add(pybind11::object tensor) { tensors_.push_back(std::move(tensor)); }
+  // data: where its memory is; seen: the rest of what it must stay.
+  void add(pybind11::object tensor, const TensorView& seen);
   // To be called once after the last add().
   void open();
   void clear();
 
   std::size_t size() const { return tensors_.size(); }
-  // As view_of; the device is not looked at: memory on another has another address.
-  bool view(std::size_t at, TensorView& view) const;
+  // Whether the tensor's memory is where it was, of the same type and size.
+  bool is_in_place(std::size_t at) const;
   void prefetch(std::size_t at) const;
 
  private:
+  struct Held {
+    void* handle;
+    const void* data;
+    std::int64_t count;
+    std::int32_t dtype;
+    Stored type;
+    const void* hint;
+  };
+
   std::vector<pybind11::object> tensors_;
-  std::vector<void*> handles_;
-  std::vector<const void*> hints_;
+  std::vector<Held> held_;
 };
 
 }  // namespace flatstep

@@ -477,5 +477,7 @@ def test_a_plan_outlives_its_parameters() -> None:
     assert not plan.matches([{"params": params}], state, flags)
     with pytest.raises(RuntimeError, match="matches"):
         plan.step(hyper, [1.0], 1)
+    with pytest.raises(RuntimeError, match="matches"):
+        plan.updated()
     plan.begin(flags)
     assert plan.segments == 0

@@ -497,6 +497,37 @@ def test_step_hooks_run_around_the_update(rule: str) -> None:
 
 
 @every_rule
+def test_hooks_of_a_subclass_with_a_step_of_its_own_run_once(rule: str) -> None:
+    class Mine(getattr(flatstep, rule)):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            seen.append("mine")
+            return super().step(closure)
+
+    seen: list[str] = []
+    for cls in (getattr(flatstep, rule), Mine):
+        (p,) = parameters(shapes=[(3,)])
+        p.grad = torch.ones(3)
+        opt = cls([p])
+        opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+        opt.register_step_post_hook(lambda *_: seen.append("post"))
+        before = p.detach().clone()
+        opt.step()
+        assert not torch.equal(p, before)
+    assert seen == ["pre", "post", "pre", "mine", "post"]
+
+
+@every_rule
+def test_without_hooks_the_entry_point_of_torchs_tools_is_called(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Optimizer] = []
+    monkeypatch.setattr(Optimizer, "_optimizer_step_code", lambda opt: seen.append(opt))
+    opt = build(flatstep, rule)
+    opt.step()
+    assert seen == [opt]
+
+
+@every_rule
 def test_state_dict_hooks_run(rule: str) -> None:
     opt = build(flatstep, rule)
     seen: list[str] = []

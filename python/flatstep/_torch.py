@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,15 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return type(tensor) is dtensor
 
 
-def increment_version(tensors: Iterable[torch.Tensor]) -> None:
-    """Tells autograd that the tensors' memory has changed, so that it refuses a stale backward."""
-    if _increments_many:
-        torch.autograd.graph.increment_version(tensors)
-    else:
-        for tensor in tensors:
-            torch.autograd.graph.increment_version(tensor)
+def _increment_each(tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
+
+
+# Tells autograd that the tensors' memory has changed, so that it refuses a stale backward.
+increment_version: Callable[[Iterable[torch.Tensor]], None] = (
+    torch.autograd.graph.increment_version if _increments_many else _increment_each
+)
 
 
 def zeros_flat(
