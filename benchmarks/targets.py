@@ -184,8 +184,8 @@ params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
 if kind == "flat":
     flatstep.FlatBuffer(params)
 for param in params:
-    if param.grad is None:
-        param.grad = torch.randn_like(param)
+    grad = torch.randn_like(param)
+    param.grad = grad if param.grad is None else param.grad.copy_(grad)
 build = torch.optim.Adam if kind == "torch" else flatstep.Adam
 optimizer = build(params, fused=True)
 for _ in range(3):
