@@ -4,7 +4,6 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "cpu/update.h"
-#include "memory.h"
 #include "plan.h"
 #include "registry.h"
 #include "torch_tensor.h"
