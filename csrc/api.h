@@ -4,6 +4,7 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "cpu/update.h"
+#include "cuda/device.h"
 #include "plan.h"
 #include "registry.h"
 #include "torch_tensor.h"

@@ -49,15 +49,21 @@ py::list describe_isas() {
   return described;
 }
 
+// By device: its stream, where it finds the gradients' scale and overflow, and the numbers of each
+// group's hyper-parameters that it reads, with whether one is a double.
+using RawInputs =
+    std::map<int, std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                             std::vector<std::vector<std::pair<std::uintptr_t, bool>>>>>;
+
 template <class T = void>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void update(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
-            std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
-            const std::vector<double>& hyper, std::int64_t step, double scale, int threads) {
-  const RuleInfo& rule = find_rule(rule_name);
+// The arrays of one update, checked.
+Arrays arrays_of(const RuleInfo& rule, unsigned flags, int layout, std::uintptr_t param,
+                 std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
+                 const std::vector<double>& hyper, std::int64_t step) {
   if (flags >= rule.allowed.size() || !rule.allowed[flags]) {
     throw std::invalid_argument("rule '" + rule.name + "' has no variant " + std::to_string(flags));
   }
@@ -65,26 +71,51 @@ void update(const std::string& rule_name, unsigned flags, int layout, std::uintp
   if (hyper.size() != rule.hyper.size()) throw std::invalid_argument("wrong number of hyper");
   if (step < 1) throw std::invalid_argument("step counts from 1");
   if (count < 0) throw std::invalid_argument("count must not be negative");
-  Segment segment{{pointer(param), pointer(grad), {}},
-                  count,
-                  find_kernel(rule, flags, layout),
-                  nullptr,
-                  nullptr,
-                  0};
+  Arrays arrays{pointer(param), pointer(grad), {}};
   std::size_t given = 0;
   bool complete = param && grad;
   for (int i = 0; i < kMaxStates; ++i) {
     if (!(rule.state_masks[flags] >> i & 1)) continue;
     complete = complete && given < states.size() && states[given];
-    if (complete) segment.arrays.state[i] = pointer(states[given++]);
+    if (complete) arrays.state[i] = pointer(states[given++]);
   }
+  if (count > 0 && (!complete || given != states.size())) {
+    throw std::invalid_argument("wrong arrays");
+  }
+  return arrays;
+}
+
+void update(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
+            std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
+            const std::vector<double>& hyper, std::int64_t step, double scale, int threads) {
+  const RuleInfo& rule = find_rule(rule_name);
+  const Arrays arrays = arrays_of(rule, flags, layout, param, grad, states, count, hyper, step);
   if (count == 0) return;
-  if (!complete || given != states.size()) throw std::invalid_argument("wrong arrays");
   const Scalars scalars = rule.prepare(hyper.data(), step, scale);
-  segment.scalars = scalars.data();
   threads = available_threads(threads);
   const py::gil_scoped_release others_may_run;
-  run_update({segment}, threads);
+  run_update({{arrays, count, find_kernel(rule, flags, layout), scalars.data(), nullptr, 0}},
+             threads);
+}
+
+void update_on_gpu(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
+                   std::uintptr_t grad, const std::vector<std::uintptr_t>& states,
+                   std::int64_t count, const std::vector<double>& hyper, std::int64_t step,
+                   double scale, int device, std::uintptr_t stream) {
+  const RuleInfo& rule = find_rule(rule_name);
+  const Arrays arrays = arrays_of(rule, flags, layout, param, grad, states, count, hyper, step);
+  if (device < 0 || (device >= cuda::device_count() && cuda::device_count() > 0)) {
+    throw std::invalid_argument("there is no GPU " + std::to_string(device));
+  }
+  if (cuda::device_count() == 0) throw std::runtime_error(cuda::absence());
+  if (count == 0) return;
+  cuda::Launch launch = {};
+  launch.host_step = step;
+  launch.sign = scale;
+  for (std::size_t i = 0; i < hyper.size(); ++i) launch.hyper[i].value = hyper[i];
+  cuda::Table table(device);
+  cuda::run(device, pointer(stream), layout, rule.first_variant + static_cast<int>(flags), launch,
+            {{arrays, 0, count, nullptr}}, table);
 }
 
 void traffic(const std::vector<std::uintptr_t>& addresses, int written, std::int64_t count,
@@ -127,6 +158,10 @@ PYBIND11_MODULE(_core, module) {
 
   module.def("update", &update, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a,
              "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a);
+  module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
+             "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a);
+  module.def("gpu_count", &cuda::device_count);
+  module.def("gpu_absence", &cuda::absence);
   module.def("traffic", &traffic, "streams"_a, "written"_a, "count"_a, "threads"_a);
 
   py::class_<Plan>(module, "Plan")
@@ -138,7 +173,19 @@ PYBIND11_MODULE(_core, module) {
       .def("end", &Plan::end, "state"_a)
       .def("matches", &Plan::matches, "groups"_a, "state"_a, "flags"_a)
       .def("updated", &Plan::updated)
-      .def("step", &Plan::step, "hyper"_a, "scales"_a, "threads"_a)
+      .def(
+          "step",
+          [](Plan& plan, const std::vector<std::vector<double>>& hyper,
+             const std::vector<double>& scales, int threads, const RawInputs& raw) {
+            std::map<int, DeviceInputs> inputs;
+            for (const auto& [device, input] : raw) {
+              const auto& [stream, grad_scale, found_inf, numbers] = input;
+              inputs[device] = {stream, grad_scale, found_inf, numbers};
+            }
+            plan.step(hyper, scales, threads, inputs);
+          },
+          "hyper"_a, "scales"_a, "threads"_a, "inputs"_a = RawInputs{})
+      .def("devices", &Plan::devices)
       .def_property_readonly("segments", &Plan::segments);
 }
 

@@ -45,7 +45,8 @@ bool adjoin(T* first, std::int64_t bytes, T* second) {
 
 // Whether there is memory of known type behind the view.
 bool is_readable(const TensorView& view) {
-  return view.on_cpu && view.type != Stored::kUnknown && (view.data || view.count() == 0);
+  return view.device >= kCpu && view.device < cuda::device_count() &&
+         view.type != Stored::kUnknown && (view.data || view.count() == 0);
 }
 
 bool is_aligned(const TensorView& view) {
@@ -107,6 +108,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   }
   row.type = view.type;
   row.is_complex = view.is_complex;
+  row.device = view.device;
   row.dims = view.dims;
   row.count = view.count();
   row.layout = find_layout({view.type, view.type, view.type});
@@ -125,8 +127,8 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
         local_of(static_cast<py::object>(states[given++]).ptr()));
     TensorView state;
     if (!is_plain(tensor.ptr()) || !view_of(tensor.ptr(), state) || !is_readable(state) ||
-        state.type != row.type || state.is_complex != row.is_complex ||
-        !same_memory_order(row, state)) {
+        state.device != row.device || state.type != row.type ||
+        state.is_complex != row.is_complex || !same_memory_order(row, state)) {
       throw std::invalid_argument("a state's memory is unlike its parameter's");
     }
     row.arrays.state[i] = state.data;
@@ -135,12 +137,13 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   if (!step.is_none()) {
     TensorView counter;
     if (!is_plain(step.ptr()) || !view_of(step.ptr(), counter) || !is_readable(counter) ||
-        counter.count() != 1 ||
+        counter.count() != 1 || (counter.device != kCpu && counter.device != row.device) ||
         (counter.type != Stored::kFloat32 && counter.type != Stored::kFloat64)) {
       throw std::invalid_argument("a step must be a float32 or float64 tensor of one element");
     }
     row.step = counter.data;
     row.step_type = counter.type;
+    row.counts_on_device = counter.device != kCpu;
     state_tensors_.add(step, counter);
   }
   row.state_tensors = state_tensors_.size() - row.first_state;
@@ -199,12 +202,12 @@ bool Plan::row_matches(Row& row, PyObject* param) {
   PyObject* local_grad = local_of(grad);
   if (!is_plain(local_param) || !is_plain(local_grad)) return false;
   TensorView view;
-  if (!view_of(local_param, view) || view.data != row.arrays.param || view.type != row.type ||
-      view.is_complex != row.is_complex || !same_memory_order(row, view)) {
+  if (!view_of(local_param, view) || view.data != row.arrays.param || view.device != row.device ||
+      view.type != row.type || view.is_complex != row.is_complex || !same_memory_order(row, view)) {
     return false;
   }
   row.param_hint = view.shape;
-  if (!view_of(local_grad, view) || !view.on_cpu || view.type != row.type ||
+  if (!view_of(local_grad, view) || view.device != row.device || view.type != row.type ||
       view.is_complex != row.is_complex || !same_memory_order(row, view) ||
       (!view.data && row.count > 0) || !is_aligned(view) ||
       is_unresolved(local_grad, view.is_complex)) {
@@ -331,8 +334,69 @@ py::list Plan::updated() const {
   return updated;
 }
 
+void Plan::append_to_batch(const Row& row) {
+  const bool on_device = row.counts_on_device;
+  const BatchKey key = {row.device, row.group, row.layout, on_device ? 0 : step_of(row),
+                        on_device ? row.step_type : Stored::kUnknown};
+  Batch& batch = batches_[key];
+  const int size = size_of(row.type);
+  if (!batch.rows.empty() && !on_device) {
+    cuda::Row& last = batch.rows.back();
+    const std::int64_t bytes = last.count * size;
+    bool merge = adjoin(last.arrays.param, bytes, row.arrays.param) &&
+                 adjoin(last.arrays.grad, bytes, row.arrays.grad);
+    for (int i = 0; merge && i < kMaxStates; ++i) {
+      merge = !row.arrays.state[i] || adjoin(last.arrays.state[i], bytes, row.arrays.state[i]);
+    }
+    if (merge) {
+      last.count += row.count;
+      batch.end = cuda::end_of(last);
+      return;
+    }
+  }
+  batch.rows.push_back({row.arrays, batch.end, row.count, on_device ? row.step : nullptr});
+  batch.end = cuda::end_of(batch.rows.back());
+}
+
+void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
+                       const std::vector<double>& scales,
+                       const std::map<int, DeviceInputs>& inputs) {
+  for (const auto& [key, batch] : batches_) {
+    const auto& [device, group_number, layout, step, step_type] = key;
+    const auto group = static_cast<std::size_t>(group_number);
+    const auto found = inputs.find(device);
+    if (found == inputs.end()) throw std::invalid_argument("there are no inputs for a device");
+    const DeviceInputs& input = found->second;
+    cuda::Launch launch = {};
+    launch.step_is_double = step_type == Stored::kFloat64;
+    launch.host_step = step;
+    for (std::size_t i = 0; i < hyper[group].size(); ++i) {
+      const auto [at, is_double] = input.numbers.at(group).at(i);
+      launch.hyper[i] = {hyper[group][i], reinterpret_cast<const void*>(at), is_double};
+    }
+    launch.sign = scales[group];
+    launch.grad_scale = reinterpret_cast<const float*>(input.grad_scale);
+    launch.found_inf = reinterpret_cast<const float*>(input.found_inf);
+    auto& table = tables_.try_emplace({device, group_number, layout}, device).first->second;
+    const int variant = rule_.first_variant + static_cast<int>(flags_[group]);
+    cuda::run(device, reinterpret_cast<void*>(input.stream), layout, variant, launch, batch.rows,
+              table);
+  }
+}
+
+std::vector<int> Plan::devices() const {
+  std::vector<int> devices;
+  for (const Row& row : rows_) {
+    if (row.kind != Kind::kUpdated) continue;
+    if (std::find(devices.begin(), devices.end(), row.device) == devices.end()) {
+      devices.push_back(row.device);
+    }
+  }
+  return devices;
+}
+
 void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
-                int threads) {
+                int threads, const std::map<int, DeviceInputs>& inputs) {
   if (!matched_) throw std::runtime_error("step() must follow a call of matches() that said true");
   matched_ = false;
   if (hyper.size() != flags_.size() || scales.size() != flags_.size()) {
@@ -345,11 +409,16 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
   }
   segments_.clear();
   scalars_.clear();
+  batches_.clear();
   std::int64_t total = 0;
   std::pair<int, std::int64_t> last = {-1, 0};
   const double* scalars = nullptr;
   for (const Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
+    if (row.device != kCpu) {
+      if (row.count > 0 || row.counts_on_device) append_to_batch(row);
+      continue;
+    }
     const std::pair key = {row.group, step_of(row)};
     if (key != last) {
       const auto group = static_cast<std::size_t>(row.group);
@@ -363,6 +432,7 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
     if (row.count > 0) append(row, scalars);
     total += row.count;
   }
+  run_batches(hyper, scales, inputs);
   threads = available_threads(threads);
   if (total < kElementsPerThread) {
     run_update(segments_, 1);
@@ -373,8 +443,10 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
   }
   for (Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
-    if (row.step_type == Stored::kFloat32) *static_cast<float*>(row.step) += 1;
-    if (row.step_type == Stored::kFloat64) *static_cast<double*>(row.step) += 1;
+    if (!row.counts_on_device) {
+      if (row.step_type == Stored::kFloat32) *static_cast<float*>(row.step) += 1;
+      if (row.step_type == Stored::kFloat64) *static_cast<double*>(row.step) += 1;
+    }
     row.first_step = false;
   }
   release();

@@ -6,13 +6,22 @@
 
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <vector>
 
 #include "cpu/update.h"
+#include "cuda/device.h"
 #include "registry.h"
 #include "torch_tensor.h"
 
 namespace flatstep {
+
+// What a step on a GPU reads there: addresses, 0 where there is none. numbers: of each group's
+// hyper-parameters, and whether it is a double.
+struct DeviceInputs {
+  std::uintptr_t stream, grad_scale, found_inf;
+  std::vector<std::vector<std::pair<std::uintptr_t, bool>>> numbers;
+};
 
 // Rows stand in the order of the parameter groups. Parameters are known by address and looked up
 // in the live groups at every step; they and their gradients are held only while an update runs.
@@ -41,9 +50,13 @@ class Plan {
   // The parameters that step() will update; matches() has just said true.
   pybind11::list updated() const;
 
-  // One update of all rows whose parameter has a gradient; matches() has just said true.
+  // One update of all rows whose parameter has a gradient; matches() has just said true. inputs:
+  // for each GPU with rows, what is read there. Those updates are under way when this returns.
   void step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
-            int threads);
+            int threads, const std::map<int, DeviceInputs>& inputs);
+
+  // The devices of the rows: GPUs by their numbers, and kCpu.
+  std::vector<int> devices() const;
 
   // How many pieces of memory the last step walked over.
   std::size_t segments() const { return segments_.size(); }
@@ -60,6 +73,7 @@ class Plan {
     int layout = 0;
     Stored type = Stored::kUnknown;
     bool is_complex = false;
+    int device = kCpu;
     int dims = 0;
     std::size_t first_dim = 0;  // in dims_: the shape, then the strides
     // In state_tensors_, the step among them.
@@ -70,7 +84,16 @@ class Plan {
     const void *param_hint = nullptr, *grad = nullptr, *grad_hint = nullptr;
     void* step = nullptr;  // where torch's state counts
     Stored step_type = Stored::kUnknown;
+    bool counts_on_device = false;
     bool first_step = false;
+  };
+
+  // Rows on a GPU that one launch updates: of a device, a group, a layout, and a step that the
+  // host knows; or, where the step is 0, with steps on the device of this type.
+  using BatchKey = std::tuple<int, int, int, std::int64_t, Stored>;
+  struct Batch {
+    std::vector<cuda::Row> rows;
+    std::int64_t end = 0;
   };
 
   struct StateEntry {
@@ -90,6 +113,9 @@ class Plan {
   bool states_in_place() const;
   std::int64_t step_of(const Row& row) const;
   void append(const Row& row, const double* scalars);
+  void append_to_batch(const Row& row);
+  void run_batches(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
+                   const std::map<int, DeviceInputs>& inputs);
   // Lets go of the gradients: what matches() found may no longer be true.
   void release();
 
@@ -103,6 +129,8 @@ class Plan {
   std::vector<PyObject*> held_;
   std::vector<Segment> segments_;
   std::map<std::pair<int, std::int64_t>, Scalars> scalars_;
+  std::map<BatchKey, Batch> batches_;
+  std::map<std::tuple<int, int, int>, cuda::Table> tables_;  // by device, group and layout
   std::uint64_t turn_ = 0;  // of those who ask, so that one notices another in between
   bool matched_ = false;    // by the last call, so that step() may run
   bool running_ = false;

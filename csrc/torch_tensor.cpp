@@ -36,7 +36,7 @@ struct ExchangeTable {
 };
 
 enum DLCode : std::uint8_t { kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
-constexpr std::int32_t kDLCpu = 1;
+constexpr std::int32_t kDLCpu = 1, kDLCuda = 2;
 
 struct Torch {
   const ExchangeTable* exchange = nullptr;
@@ -110,7 +110,9 @@ bool view_by_table(PyObject* tensor, TensorView& view) {
   view.data = static_cast<char*>(raw.data) + raw.byte_offset;
   view.is_complex = raw.code == kDLComplex;
   view.type = view.is_complex ? stored_of(kDLFloat, raw.bits / 2) : stored_of(raw.code, raw.bits);
-  view.on_cpu = raw.device_type == kDLCpu;
+  view.device = kOtherDevice;
+  if (raw.device_type == kDLCpu) view.device = cuda::device_of_host();
+  if (raw.device_type == kDLCuda) view.device = raw.device_id;
   view.dims = raw.ndim;
   view.shape = raw.shape;
   view.strides = raw.strides;
@@ -129,7 +131,10 @@ bool view_by_attributes(PyObject* object, TensorView& view) {
     }
     if (dtype == "torch.complex64") view.type = Stored::kFloat32;
     if (dtype == "torch.complex128") view.type = Stored::kFloat64;
-    view.on_cpu = tensor.attr("device").attr("type").cast<std::string>() == "cpu";
+    const auto device = tensor.attr("device").attr("type").cast<std::string>();
+    view.device = kOtherDevice;
+    if (device == "cpu") view.device = cuda::device_of_host();
+    if (device == "cuda") view.device = tensor.attr("device").attr("index").cast<int>();
     view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>());
     view.storage = tensor.attr("shape").cast<std::vector<std::int64_t>>();
     const auto strides = tensor.attr("stride")().cast<std::vector<std::int64_t>>();

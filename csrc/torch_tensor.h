@@ -9,15 +9,19 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device.h"
 #include "registry.h"
 
 namespace flatstep {
+
+// Where memory is: on the CPU, elsewhere, or on the GPU of a number.
+inline constexpr int kCpu = cuda::kNoDevice, kOtherDevice = -2;
 
 struct TensorView {
   void* data = nullptr;
   Stored type = Stored::kUnknown;  // of a complex tensor: of its parts
   bool is_complex = false;
-  bool on_cpu = false;
+  int device = kOtherDevice;
   int dims = 0;
   const std::int64_t* shape = nullptr;    // in elements of the tensor
   const std::int64_t* strides = nullptr;  // likewise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import flatstep
+from flatstep import _core
+from flatstep.optim import base, gpu
+
+# Built with FLATSTEP_CUDA=EMULATED: the host's memory counts as a GPU's (tools/emulate_gpu.sh).
+EMULATED = _core.gpu_count() == 1 and not torch.cuda.is_available()
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "Adam": {
@@ -135,6 +141,21 @@ def cases(rules: Iterable[str] = (), options: Iterable[str] = ()) -> pytest.Mark
 
 #: for each rule the one set of options that exercises every state it can have
 rich = cases(options=["all", "nesterov_all"])
+
+
+@pytest.fixture(autouse=EMULATED)
+def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets tensors of the host be read as those of the emulated GPU."""
+    real_to = Tensor.to
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        on_gpu = bool(args) and isinstance(args[0], torch.device) and args[0].type == "cuda"
+        return real_to(self, *(args[1:] if on_gpu else args), **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(gpu, "is_there", lambda value: isinstance(value, Tensor))
+    monkeypatch.setattr(base, "is_on_gpu", lambda value: True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

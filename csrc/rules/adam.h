@@ -30,7 +30,7 @@ struct Adam {
   };
 
   // step counts from 1; scale multiplies the gradient (-1 maximizes).
-  static Scalars<double> prepare(const double* h, std::int64_t step, double scale) {
+  FLATSTEP_INLINE static Scalars<double> prepare(const double* h, std::int64_t step, double scale) {
     const Lerp lerp = prepare_lerp(1 - h[kBeta1]);
     return {.scale = scale,
             .weight_decay = h[kWeightDecay],

@@ -28,7 +28,7 @@ struct RMSprop {
     T scale, weight_decay, alpha, grad_sq_weight, lerp_weight, lerp_side, eps, momentum, lr, zero;
   };
 
-  static Scalars<double> prepare(const double* h, std::int64_t, double scale) {
+  FLATSTEP_INLINE static Scalars<double> prepare(const double* h, std::int64_t, double scale) {
     const Lerp lerp = prepare_lerp(1 - h[kAlpha]);
     return {.scale = scale,
             .weight_decay = h[kWeightDecay],

@@ -28,7 +28,7 @@ struct SGD {
   };
 
   // On the first step (step 1) the buffer becomes the gradient, whatever the dampening.
-  static Scalars<double> prepare(const double* h, std::int64_t step, double scale) {
+  FLATSTEP_INLINE static Scalars<double> prepare(const double* h, std::int64_t step, double scale) {
     const bool first = step == 1;
     return {.scale = scale,
             .weight_decay = h[kWeightDecay],

@@ -18,8 +18,16 @@ from torch.optim.optimizer import (
 
 from flatstep import _core, flat
 from flatstep._torch import connect_dtensor, increment_version
-from flatstep.optim import states, torch_ops
-from flatstep.optim.routes import Found, Route, local_of, overlapping, route_of, update_alone
+from flatstep.optim import gpu, states, torch_ops
+from flatstep.optim.routes import (
+    Found,
+    Route,
+    is_on_gpu,
+    local_of,
+    overlapping,
+    route_of,
+    update_alone,
+)
 
 RULES: dict[str, Any] = {rule["name"]: rule for rule in _core.rules()}
 
@@ -164,7 +172,8 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not float(found_inf):
+        # What is on a GPU is read there, if it can be.
+        if found_inf is None or is_on_gpu(found_inf) or not float(found_inf):
             if not self._turn.acquire(blocking=False):
                 raise RuntimeError("step() of this optimizer is running in another thread")
             try:
@@ -201,22 +210,35 @@ class Optimizer(torch.optim.Optimizer):
         groups = self.param_groups
         variants = [self.variant(group) for group in groups]
         flags = [variant.flags for variant in variants]
-        grad_scale = getattr(self, "grad_scale", None)
-        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-        scales = [-unscale if group["maximize"] else unscale for group in groups]
-        hyper = [
-            [0.0] * len(values) if group["differentiable"] else [float(x) for x in values]
-            for group, (_, values) in zip(groups, variants, strict=True)
-        ]
         plan = self._plan
         if plan is None or not plan.matches(groups, self.state, flags) or self._others_moved():
             plan = self._build(flags)
             if not plan.matches(groups, self.state, flags):
                 raise RuntimeError("the parameters changed while step() was looking at them")
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        # SGD has no step on the GPU that could tell its first from one after an overflow.
+        deferred = self._only_gpus and (self.counts_steps or found_inf is None)
+        if self._gpus and not deferred and found_inf is not None and float(found_inf):
+            return
+        unscale = 1.0 if grad_scale is None or deferred else 1.0 / float(grad_scale)
+        scales = [-unscale if group["maximize"] else unscale for group in groups]
+        hyper = [
+            [0.0] * len(values)
+            if group["differentiable"]
+            else gpu.numbers(values, deferred=deferred)
+            for group, (_, values) in zip(groups, variants, strict=True)
+        ]
+        inputs: Any = {}
+        if self._gpus:
+            reader = gpu.Reader(self._gpus)  # holds what the addresses belong to
+            inputs = reader.inputs(
+                [values for _, values in variants], grad_scale, found_inf, deferred=deferred
+            )
         updated = plan.updated()
         # Before, not after: now torch's objects are in the caches.
         increment_version(updated + self._written)
-        plan.step(hyper, scales, torch.get_num_threads())
+        plan.step(hyper, scales, torch.get_num_threads(), inputs)
         for buffer, count in self._cleared.items():
             buffer.mark_cleared(count if len(updated) == self._rows else 0)
         for other in self._others:
@@ -245,6 +267,13 @@ class Optimizer(torch.optim.Optimizer):
         if route is Route.SPARSE and self.sparse_message is not None:
             raise RuntimeError(self.sparse_message)
         return route
+
+    def _step_device(self, found: Found) -> torch.device:
+        """Where torch keeps the parameter's step: on its GPU where nobody may wait for it."""
+        group = self.param_groups[found.group]
+        device = found.param.device
+        on_gpu = device.type == "cuda" and (group.get("capturable") or group.get("fused"))
+        return device if on_gpu else torch.device("cpu")
 
     def _others_moved(self) -> bool:
         return any(
@@ -289,7 +318,7 @@ class Optimizer(torch.optim.Optimizer):
                 },
                 wanted,
                 routes,
-                count_steps=self.counts_steps,
+                step_device=self._step_device if self.counts_steps else None,
                 gather=self._gather,
             )
         plan = _core.Plan(self.rule)
@@ -317,6 +346,9 @@ class Optimizer(torch.optim.Optimizer):
             for tensor in [*tensors, *([step] if self.counts_steps else [])]:
                 written[local_of(tensor).untyped_storage().data_ptr()] = local_of(tensor)
         plan.end(self.state)
+        devices = plan.devices()
+        self._gpus = [device for device in devices if device >= 0]
+        self._only_gpus = bool(devices) and self._gpus == devices and not self._others
         self._written = list(written.values())
         self._plan = plan
         self._gather = False

@@ -85,12 +85,17 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is on a GPU that this build has kernels for."""
+    return tensor.device.type == "cuda" and _core.gpu_count() > 0
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor's address and strides are all there is to its data."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
+        and (tensor.device.type == "cpu" or is_on_gpu(tensor))
         and tensor.dtype in STORED
         and not is_wrapped(tensor)
     )
@@ -173,7 +178,7 @@ def route_of(found: Found, *, differentiable: bool) -> Route:
         and is_aligned(local_grad)
     ):
         return Route.KERNEL
-    return Route.ALONE
+    return Route.TORCH if is_on_gpu(local_param) else Route.ALONE
 
 
 def overlapping(tensors: list[torch.Tensor]) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,26 +23,29 @@ _ALIGNMENT = 64  # bytes
 
 
 def zeros_like_all(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Zeros for each plain parameter, in its shape and memory order, out of one buffer a dtype.
+    """Zeros for each plain parameter, in its shape and memory order, out of one buffer a kind.
 
     Neighbours in the parameters' memory become neighbours in the buffer, so that an update walks
     over them as one piece; others begin at a multiple of 64 bytes.
     """
     params = list(params)
     starts: list[int] = []
-    ends: dict[torch.dtype, tuple[int, int]] = {}  # the last parameter's end, in both places
+    # The last parameter's end, in its own memory and in the buffer of its kind.
+    ends: dict[tuple[torch.dtype, torch.device], tuple[int, int]] = {}
     for param in params:
+        kind = (param.dtype, param.device)
         size = param.element_size()
         step = _ALIGNMENT // size
-        memory_end, end = ends.get(param.dtype, (0, 0))
+        memory_end, end = ends.get(kind, (0, 0))
         if param.data_ptr() != memory_end:
             end = (end + step - 1) // step * step
         starts.append(end)
-        ends[param.dtype] = (param.data_ptr() + param.numel() * size, end + param.numel())
-    buffers = {dtype: zeros_flat(end, dtype) for dtype, (_, end) in ends.items()}
+        ends[kind] = (param.data_ptr() + param.numel() * size, end + param.numel())
+    buffers = {kind: zeros_flat(end, *kind) for kind, (_, end) in ends.items()}
     views = []
     for param, start in zip(params, starts, strict=True):
-        views.append(buffers[param.dtype].as_strided(param.shape, dense_stride(param), start))
+        buffer = buffers[param.dtype, param.device]
+        views.append(buffer.as_strided(param.shape, dense_stride(param), start))
     return views
 
 
@@ -94,7 +97,7 @@ def complete(
     wanted: dict[Found, tuple[str, ...]],
     routes: dict[Found, Route],
     *,
-    count_steps: bool,
+    step_device: Callable[[Found], torch.device] | None,
     gather: bool,
 ) -> set[Found]:
     """Creates the states that are missing, and puts the others where a kernel can take them.
@@ -103,7 +106,7 @@ def complete(
         states: Each parameter's state.
         wanted: The names of the states that each parameter's variant uses.
         routes: Each parameter's way.
-        count_steps: Whether there is a "step" too.
+        step_device: Where the "step" of a parameter counts; None where there is no such state.
         gather: Whether to move all states into new flat buffers.
 
     Returns:
@@ -114,10 +117,13 @@ def complete(
     for found, state in states.items():
         names = wanted[found]
         step = state.get("step")
-        if count_steps and not (
-            isinstance(step, torch.Tensor) and step.is_floating_point() and step.numel() == 1
+        if step_device is not None and not (
+            isinstance(step, torch.Tensor)
+            and step.is_floating_point()
+            and step.numel() == 1
+            and step.device == step_device(found)
         ):
-            uncounted.append(state)
+            uncounted.append((state, step_device(found)))
         if all(state.get(name) is None for name in names):
             firsts.add(found)
         for name in names:
@@ -158,16 +164,16 @@ def _create(
                 )
 
 
-def _create_steps(uncounted: list[dict[str, Any]]) -> None:
+def _create_steps(uncounted: list[tuple[dict[str, Any], torch.device]]) -> None:
     """Counts each of the states from zero, or from the number that an old checkpoint left."""
-    if not uncounted:
-        return
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    counts = torch.zeros(len(uncounted), dtype=dtype)
-    for count, state in zip(counts.unbind(), uncounted, strict=True):
-        if state.get("step") is not None:
-            count.fill_(float(state["step"]))
-        rest = {name: value for name, value in state.items() if name != "step"}
-        state.clear()
-        state["step"] = count
-        state.update(rest)
+    for device in dict.fromkeys(device for _, device in uncounted):
+        states = [state for state, on in uncounted if on == device]
+        counts = torch.zeros(len(states), dtype=dtype, device=device)
+        for count, state in zip(counts.unbind(), states, strict=True):
+            if state.get("step") is not None:
+                count.fill_(float(state["step"]))
+            rest = {name: value for name, value in state.items() if name != "step"}
+            state.clear()
+            state["step"] = count
+            state.update(rest)

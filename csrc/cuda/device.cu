@@ -1,0 +1,151 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <type_traits>
+
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+
+namespace flatstep::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::string message = std::string(what) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    message +=
+        "; this build has kernels for compute capability 8.0 and newer, and needs a driver "
+        "as new as its CUDA: build flatstep on this machine, or use torch.optim here";
+  }
+  throw std::runtime_error(message);
+}
+
+// The device is the current one while it lives.
+class Guard {
+ public:
+  explicit Guard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~Guard() { cudaSetDevice(previous_); }
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+// How many blocks of a kernel a device runs at once.
+int resident_blocks(int device, const void* kernel) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<std::pair<int, const void*>, int>;
+  const std::lock_guard lock(mutex);
+  int& blocks = (*known)[{device, kernel}];
+  if (blocks == 0) {
+    int processors = 0, of_each = 0;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+          "cudaDeviceGetAttribute");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    blocks = processors * std::max(of_each, 1);
+  }
+  return blocks;
+}
+
+void launch_kernel(const void* kernel, std::int64_t blocks, Launch& launch, cudaStream_t stream) {
+  void* arguments[] = {&launch};
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0,
+                         stream),
+        "launching an update");
+}
+
+std::pair<int, std::string> find_devices() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  cudaGetLastError();  // or the next caller is told
+  if (error == cudaSuccess && count > 0) return {count, ""};
+  if (error == cudaErrorInsufficientDriver) {
+    return {0,
+            "the NVIDIA driver is older than this build's CUDA; update the driver, or build "
+            "flatstep with an older CUDA"};
+  }
+  return {0, "CUDA finds no GPU: " + std::string(cudaGetErrorString(error))};
+}
+
+const std::pair<int, std::string>& devices() {
+  static const auto* const found = new std::pair<int, std::string>(find_devices());
+  return *found;
+}
+
+}  // namespace
+
+int device_count() { return devices().first; }
+
+std::string absence() { return devices().second; }
+
+int device_of_host() { return kNoDevice; }
+
+Table::~Table() {
+  if (!memory_) return;
+  int previous = 0;
+  cudaGetDevice(&previous);
+  cudaSetDevice(device_);
+  cudaFree(memory_);  // waits for kernels that read it; fails, rightly, after the driver has gone
+  cudaSetDevice(previous);
+}
+
+const Row* Table::upload(const std::vector<Row>& rows, void* stream) {
+  if (rows.size() == written_.size() &&
+      std::memcmp(rows.data(), written_.data(), rows.size() * sizeof(Row)) == 0) {
+    return memory_;
+  }
+  written_.clear();
+  if (rows.size() > room_) {
+    if (memory_) check(cudaFree(memory_), "cudaFree");
+    memory_ = nullptr;
+    room_ = 0;
+    check(cudaMalloc(&memory_, rows.size() * sizeof(Row)), "allocating a table of parameters");
+    room_ = rows.size();
+  }
+  // From pageable memory: it has been read when the call returns, and may be freed.
+  check(cudaMemcpyAsync(memory_, rows.data(), rows.size() * sizeof(Row), cudaMemcpyHostToDevice,
+                        static_cast<cudaStream_t>(stream)),
+        "copying a table of parameters");
+  written_ = rows;
+  return memory_;
+}
+
+void run(int device, void* on_stream, int layout, int variant, Launch& launch,
+         const std::vector<Row>& rows, Table& table) {
+  if (rows.empty()) return;
+  const Guard guard(device);
+  const auto stream = static_cast<cudaStream_t>(on_stream);
+  const void* const kernel = find_kernel(layout, variant);
+  const std::int64_t most = resident_blocks(device, kernel);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
+  const bool by_table = rows.size() > kInlineRows && capture == cudaStreamCaptureStatusNone;
+  const std::size_t at_once = by_table ? rows.size() : kInlineRows;
+  for (std::size_t first = 0; first < rows.size(); first += at_once) {
+    const std::size_t count = std::min(at_once, rows.size() - first);
+    const std::int64_t begin = rows[first].begin;
+    launch.rows = by_table ? table.upload(rows, on_stream) : nullptr;
+    launch.row_count = static_cast<int>(count);
+    launch.total = end_of(rows[first + count - 1]) - begin;
+    for (std::size_t i = 0; !by_table && i < count; ++i) {
+      launch.inline_rows[i] = rows[first + i];
+      launch.inline_rows[i].begin -= begin;
+    }
+    const std::int64_t useful = (launch.total + kElementsPerBlock - 1) / kElementsPerBlock;
+    launch_kernel(kernel, std::clamp<std::int64_t>(useful, 1, most), launch, stream);
+    if (rows[first].step) {
+      launch_kernel(count_kernel(), (launch.row_count + kThreads - 1) / kThreads, launch, stream);
+    }
+  }
+}
+
+}  // namespace flatstep::cuda

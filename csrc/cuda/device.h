@@ -1,0 +1,44 @@
+// What the rest of the library asks of a GPU: whether one is there, and an update of rows on it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace flatstep::cuda {
+
+// How many GPUs can be used: none where this build has no CUDA, or no driver or GPU is there.
+int device_count();
+// Why there are none, and what to do about it; empty where there are some.
+std::string absence();
+
+// What memory of the CPU counts as: no GPU, but in the emulation that tests run.
+int device_of_host();
+
+// Rows kept on a device, for launches with more of them than their arguments hold. Written again
+// only where a row has changed, in the order of the stream.
+class Table {
+ public:
+  explicit Table(int device) : device_(device) {}
+  Table(const Table&) = delete;
+  Table& operator=(const Table&) = delete;
+  ~Table();
+
+  const Row* upload(const std::vector<Row>& rows, void* stream);
+
+ private:
+  int device_;
+  Row* memory_ = nullptr;
+  std::size_t room_ = 0;  // rows
+  std::vector<Row> written_;
+};
+
+// One update on the device's stream, by the kernel of a layout and variant; returns before it is
+// done. Fills in the launch's rows. One launch where no graph is being captured; under capture,
+// where a table could be written again before the graph is replayed, one for every kInlineRows.
+// Counts the steps of rows that have theirs on the device.
+void run(int device, void* stream, int layout, int variant, Launch& launch,
+         const std::vector<Row>& rows, Table& table);
+
+}  // namespace flatstep::cuda

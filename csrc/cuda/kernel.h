@@ -1,0 +1,220 @@
+// The loop on the GPU: a persistent grid, an equal share of all rows' elements for each block,
+// wherever rows begin and end.
+//
+// Includes no header of CUDA's, so that a test can run it thread by thread on the host.
+#pragma once
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "rules/rules.h"
+#include "storage/layouts.h"
+
+namespace flatstep::cuda {
+
+inline constexpr int kAccessBytes = 16;
+// At least this many blocks share a processor: what 64 Ki registers allow without spills.
+inline constexpr int kBlocks = 2;
+
+template <class Stored>
+__device__ double read(const void* at) {
+  return static_cast<double>(*static_cast<const Stored*>(at));
+}
+
+inline __device__ double value_of(const Number& number) {
+  if (!number.at) return number.value;
+  return number.is_double ? read<double>(number.at) : read<float>(number.at);
+}
+
+inline __device__ std::int64_t step_of(const Launch& launch, const Row& row) {
+  if (!row.step) return launch.host_step;
+  const double done = launch.step_is_double ? read<double>(row.step) : read<float>(row.step);
+  return done >= 0 ? static_cast<std::int64_t>(done) + 1 : 1;
+}
+
+// The last row that begins at or before an element.
+inline __device__ int find_row(const Row* rows, int count, std::int64_t at) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (rows[middle].begin <= at ? low : high) = middle;
+  }
+  return low;
+}
+
+// As many values as a thread takes of an array at once, in accesses of 16 bytes.
+template <class Stored, int kCount>
+struct alignas(sizeof(Stored) * kCount < kAccessBytes ? sizeof(Stored) * kCount : kAccessBytes)
+    Pack {
+  Stored at[kCount];
+};
+
+inline __device__ bool is_aligned(const void* at) {
+  return reinterpret_cast<std::uintptr_t>(at) % kAccessBytes == 0;
+}
+
+// Part of an array for one thread: a whole vector where the array's address allows it.
+template <class Stored, int kCount>
+struct Access {
+  using Vector = Pack<Stored, kCount>;
+  static __device__ void load(Vector& to, const Stored* from, bool aligned, std::int64_t valid) {
+    if (aligned && valid >= kCount) {
+      to = *reinterpret_cast<const Vector*>(from);
+    } else {
+      for (int i = 0; i < kCount; ++i) to.at[i] = i < valid ? from[i] : Stored{};
+    }
+  }
+
+  static __device__ void store(Stored* to, const Vector& from, bool aligned, std::int64_t valid) {
+    if (aligned && valid >= kCount) {
+      *reinterpret_cast<Vector*>(to) = from;
+    } else {
+      for (int i = 0; i < kCount; ++i) {
+        if (i < valid) to[i] = from.at[i];
+      }
+    }
+  }
+};
+
+template <class Rule, unsigned kFlags, class Layout>
+struct Loop {
+  using P = typename Layout::Param;
+  using G = typename Layout::Grad;
+  using S = typename Layout::State;
+  using V = typename Layout::Compute;
+  using Scalars = typename Rule::template Scalars<V>;
+
+  static constexpr int kCount = kAccessBytes / static_cast<int>(sizeof(P));
+  static constexpr int kStates = Rule::kStateCount;
+  using ParamAccess = Access<P, kCount>;
+  using GradAccess = Access<G, kCount>;
+  using StateAccess = Access<S, kCount>;
+
+  static __host__ __device__ constexpr bool uses(int state) { return Rule::uses(kFlags, state); }
+
+  static constexpr int count_arrays() {
+    int arrays = 2;
+    for (int i = 0; i < kStates; ++i) arrays += uses(i) ? 1 : 0;
+    return arrays;
+  }
+  // Vectors of each array that a thread asks for at once; more than ten do not fit its registers.
+  static constexpr int kUnroll = count_arrays() > 4 ? 1 : 2;
+
+  // Rounded once from doubles, as on the host.
+  static __device__ __noinline__ Scalars prepare(const Launch& launch, std::int64_t step) {
+    double hyper[Rule::kHyperCount];
+    for (int i = 0; i < Rule::kHyperCount; ++i) hyper[i] = value_of(launch.hyper[i]);
+    const double scale =
+        launch.grad_scale ? launch.sign / read<float>(launch.grad_scale) : launch.sign;
+    const auto prepared = Rule::prepare(hyper, step, scale);
+    constexpr int kNumbers = static_cast<int>(sizeof(Scalars) / sizeof(V));
+    const auto* const from = reinterpret_cast<const double*>(&prepared);
+    Scalars k;
+    auto* const to = reinterpret_cast<V*>(&k);
+    for (int i = 0; i < kNumbers; ++i) to[i] = static_cast<V>(from[i]);
+    return k;
+  }
+
+  struct Vectors {
+    typename ParamAccess::Vector p;
+    typename GradAccess::Vector g;
+    typename StateAccess::Vector s[kStates];
+  };
+
+  static __device__ void update(Vectors& at, const Scalars& k) {
+    for (int j = 0; j < kCount; ++j) {
+      V param = Lanes<V>::load(&at.p.at[j]), state[kStates] = {};
+      for (int i = 0; i < kStates; ++i) {
+        if (uses(i)) state[i] = Lanes<V>::load(&at.s[i].at[j]);
+      }
+      Rule::template update<kFlags, V>(param, Lanes<V>::load(&at.g.at[j]), state, k);
+      Lanes<V>::store(&at.p.at[j], param);
+      for (int i = 0; i < kStates; ++i) {
+        if (uses(i)) Lanes<V>::store(&at.s[i].at[j], state[i]);
+      }
+    }
+  }
+
+  // Elements [begin, end) of a row; begin is a multiple of kRowAlignment.
+  static __device__ void run(const Arrays& arrays, std::int64_t begin, std::int64_t end,
+                             const Scalars& k) {
+    P* const p = static_cast<P*>(arrays.param);
+    const G* const g = static_cast<const G*>(arrays.grad);
+    S* s[kStates];
+    bool s_aligned[kStates];
+    for (int i = 0; i < kStates; ++i) {
+      s[i] = static_cast<S*>(arrays.state[i]);
+      s_aligned[i] = is_aligned(s[i]);
+    }
+    const bool p_aligned = is_aligned(p), g_aligned = is_aligned(g);
+    constexpr std::int64_t kStride = static_cast<std::int64_t>(kThreads) * kCount;
+    for (std::int64_t at = begin + static_cast<std::int64_t>(threadIdx.x) * kCount; at < end;
+         at += kUnroll * kStride) {
+      Vectors vectors[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const std::int64_t first = at + u * kStride;
+        ParamAccess::load(vectors[u].p, p + first, p_aligned, end - first);
+        GradAccess::load(vectors[u].g, g + first, g_aligned, end - first);
+        for (int i = 0; i < kStates; ++i) {
+          if (uses(i)) StateAccess::load(vectors[u].s[i], s[i] + first, s_aligned[i], end - first);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const std::int64_t first = at + u * kStride;
+        update(vectors[u], k);
+        ParamAccess::store(p + first, vectors[u].p, p_aligned, end - first);
+        for (int i = 0; i < kStates; ++i) {
+          if (uses(i)) StateAccess::store(s[i] + first, vectors[u].s[i], s_aligned[i], end - first);
+        }
+      }
+    }
+  }
+
+  static __device__ void run_share(const Launch& launch, Scalars& shared) {
+    if (launch.found_inf && *launch.found_inf != 0) return;
+    const Row* const rows = launch.rows ? launch.rows : launch.inline_rows;
+    const std::int64_t tiles = launch.total / kRowAlignment;
+    std::int64_t at = tiles * blockIdx.x / gridDim.x * kRowAlignment;
+    const std::int64_t end = tiles * (blockIdx.x + 1) / gridDim.x * kRowAlignment;
+    if (at >= end) return;
+    std::int64_t prepared = 0;  // the step that the scalars are for
+    for (int i = find_row(rows, launch.row_count, at); at < end; ++i) {
+      const Row row = rows[i];
+      const std::int64_t step = step_of(launch, row);
+      if (step != prepared) {
+        __syncthreads();
+        if (threadIdx.x == 0) shared = prepare(launch, step);
+        __syncthreads();
+        prepared = step;
+      }
+      const std::int64_t begin = at - row.begin, rest = end - row.begin;
+      run(row.arrays, begin, rest < row.count ? rest : row.count, shared);
+      at = i + 1 < launch.row_count ? rows[i + 1].begin : end;
+    }
+  }
+};
+
+template <class Rule, unsigned kFlags, class Layout>
+__global__ void __launch_bounds__(kThreads, kBlocks) update(const __grid_constant__ Launch launch) {
+  using L = Loop<Rule, kFlags, Layout>;
+  __shared__ typename L::Scalars shared;
+  L::run_share(launch, shared);
+}
+
+// Counts the steps of all rows, after the update.
+template <int kUnused = 0>
+__global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Launch launch) {
+  if (launch.found_inf && *launch.found_inf != 0) return;
+  const Row* const rows = launch.rows ? launch.rows : launch.inline_rows;
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < launch.row_count;
+       i += static_cast<int>(gridDim.x * blockDim.x)) {
+    if (launch.step_is_double) {
+      *static_cast<double*>(rows[i].step) += 1;
+    } else {
+      *static_cast<float*>(rows[i].step) += 1;
+    }
+  }
+}
+
+}  // namespace flatstep::cuda

@@ -1,0 +1,19 @@
+// The compiled kernels, by layout and variant.
+#pragma once
+
+#include <cstdint>
+
+#include "rules/rules.h"
+#include "storage/layouts.h"
+
+namespace flatstep::cuda {
+
+inline constexpr int kThreads = 256;
+// A launch has no more blocks than give each this many elements.
+inline constexpr std::int64_t kElementsPerBlock = 1024;
+
+// A kernel that takes a Launch, to be launched with kThreads a block.
+const void* find_kernel(int layout, int variant);
+const void* count_kernel();
+
+}  // namespace flatstep::cuda

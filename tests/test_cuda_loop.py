@@ -1,0 +1,237 @@
+"""The GPU's loop, run thread by thread on the host: its bits and the elements it touches.
+
+No GPU is involved. What a GPU has run is in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernel_cases import (
+    DTYPES,
+    VARIANTS,
+    Arrays,
+    Update,
+    Variant,
+    address,
+    assert_same,
+    copies,
+    random_arrays,
+    updates,
+    variant,
+)
+
+from flatstep import _core
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+]
+FIRST_VARIANT = {
+    rule["name"]: sum(1 << len(other["flags"]) for other in _core.rules()[:place])
+    for place, rule in enumerate(_core.rules())
+}
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
+)
+
+
+class Row(ctypes.Structure):
+    _fields_ = (
+        ("param", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("state", ctypes.c_void_p * 3),
+        ("begin", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("step", ctypes.c_void_p),
+    )
+
+
+class Number(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_double), ("at", ctypes.c_void_p), ("is_double", ctypes.c_bool))
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.POINTER(Row)),
+        ("row_count", ctypes.c_int),
+        ("step_is_double", ctypes.c_bool),
+        ("total", ctypes.c_int64),
+        ("host_step", ctypes.c_int64),
+        ("hyper", Number * 5),
+        ("sign", ctypes.c_double),
+        ("grad_scale", ctypes.c_void_p),
+        ("found_inf", ctypes.c_void_p),
+        ("inline_rows", Row * 52),
+    )
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    out = tmp_path_factory.mktemp("cuda") / "libemulate.so"
+    source = ROOT / "tests" / "cuda" / "emulate.cpp"
+    subprocess.run(
+        ["g++", *FLAGS, "-I", str(ROOT / "csrc"), "-o", str(out), str(source)], check=True
+    )
+    library = ctypes.CDLL(str(out))
+    assert library.launch_size() == ctypes.sizeof(Launch)
+    assert library.inline_rows() == 52
+    return library
+
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(library: ctypes.CDLL) -> Run:
+    """Runs one update over rows, each a dict of arrays, as the device's launch would."""
+
+    def run(
+        update: Update,
+        rows: list[Arrays],
+        blocks: int = 2,
+        *,
+        steps: np.ndarray | None = None,
+        by_table: bool = False,
+        **changes: object,
+    ) -> None:
+        of, launch = update.variant, Launch()
+        table = (Row * len(rows))()
+        begin, alignment = 0, library.row_alignment()
+        for place, arrays in enumerate(rows):
+            states = [address(arrays[name]) for name in of.states]
+            slots = _slots(of, states)
+            step = None if steps is None else steps.ctypes.data + place * steps.itemsize
+            table[place] = Row(
+                address(arrays["p"]), address(arrays["g"]), slots, begin, arrays["p"].size, step
+            )
+            begin += -(-arrays["p"].size // alignment) * alignment
+        if by_table:
+            launch.rows = table
+        else:
+            for place, row in enumerate(table):
+                launch.inline_rows[place] = row
+        launch.row_count, launch.total, launch.host_step = len(rows), begin, update.step
+        launch.step_is_double = steps is not None and steps.dtype == np.float64
+        launch.sign = update.scale
+        for place, name in enumerate(of.hyper_names):
+            launch.hyper[place].value = update.hyper[name]
+        for name, value in changes.items():
+            setattr(launch, name, value)
+        number = FIRST_VARIANT[of.rule] + of.flags
+        library.emulate(ctypes.byref(launch), update.layout, number, blocks)
+        if steps is not None:
+            library.emulate_count(ctypes.byref(launch), 1)
+
+    return run
+
+
+def _slots(of: Variant, states: list[int]) -> ctypes.Array[ctypes.c_void_p]:
+    """The states' addresses in the rule's places; a state that is not used is null."""
+    rule = next(rule for rule in _core.rules() if rule["name"] == of.rule)
+    everything = max((names for _, names in rule["variants"]), key=len)
+    given = dict(zip(of.states, states, strict=True))
+    return (ctypes.c_void_p * 3)(*(given.get(name) for name in everything))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of", VARIANTS, ids=str)
+def test_every_kernel_has_the_reference_s_bytes(of: Variant, dtype: str, run: Run) -> None:
+    for update in updates(of, dtype):
+        before = random_arrays(of, dtype, 5000)
+        found = copies(before)
+        run(update, [found])
+        assert_same(found, update.by_reference(before), before, update)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_every_size_and_alignment_are_touched_whole_and_nothing_beside_them(
+    dtype: str, run: Run
+) -> None:
+    of = variant("adam-amsgrad")
+    update = Update(of, dtype, of.hyper())
+    befores, framed = [], []
+    for place, size in enumerate([1, 63, 64, 65, 0, 257, 4099, 2, 31, 10_000]):
+        befores.append(random_arrays(of, dtype, size))
+        framed.append(
+            {
+                name: (np.zeros(size + 32, x.dtype), slice(start, start + size))
+                for shift, (name, x) in enumerate(befores[-1].items())
+                if (start := place * (shift + 1) % 16) >= 0
+            }
+        )
+    rows = [{name: room[inside] for name, (room, inside) in row.items()} for row in framed]
+    for blocks in (1, 3, 7):
+        for row, before in zip(rows, befores, strict=True):
+            for name, x in before.items():
+                row[name][:] = x
+        run(update, rows, blocks)
+        for place, (row, before) in enumerate(zip(rows, befores, strict=True)):
+            assert_same(row, update.by_reference(before), before, f"row {place}, {blocks} blocks")
+            for room, inside in framed[place].values():
+                assert not room[: inside.start].any()
+                assert not room[inside.stop :].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_each_row_has_its_own_step_on_the_device(dtype: type, run: Run) -> None:
+    of = variant("adam")
+    steps = np.array([0, 4, 4, 999], dtype)
+    befores = [random_arrays(of, "float32", 300, str(place)) for place in range(len(steps))]
+    rows = [copies(before) for before in befores]
+    run(Update(of, "float32", of.hyper()), rows, 3, steps=steps)
+    for row, before, done in zip(rows, befores, (0, 4, 4, 999), strict=True):
+        update = Update(of, "float32", of.hyper(), step=done + 1)
+        assert_same(row, update.by_reference(before), before, update)
+    assert steps.tolist() == [1, 5, 5, 1000]
+
+
+def test_numbers_are_read_on_the_device(run: Run) -> None:
+    of = variant("adam")
+    lr, scale = np.array([0.25], np.float64), np.array([1024], np.float32)
+    before = random_arrays(of, "float32", 1000)
+    found = copies(before)
+    hyper = (Number * 5)(*(Number(of.hyper()[name], None, False) for name in of.hyper_names))
+    hyper[of.hyper_names.index("lr")] = Number(0, lr.ctypes.data, True)
+    run(
+        Update(of, "float32", of.hyper(), scale=-1.0),
+        [found],
+        hyper=hyper,
+        grad_scale=scale.ctypes.data,
+    )
+    update = Update(of, "float32", of.hyper(lr=0.25), scale=-1 / 1024)
+    assert_same(found, update.by_reference(before), before, update)
+
+
+def test_an_overflow_changes_nothing_and_counts_no_step(run: Run) -> None:
+    of = variant("adam")
+    before = random_arrays(of, "float32", 1000)
+    found, steps = copies(before), np.array([3], np.float32)
+    overflow = np.array([1], np.float32)
+    update = Update(of, "float32", of.hyper())
+    run(update, [found], steps=steps, found_inf=overflow.ctypes.data)
+    assert_same(found, before, before)
+    assert steps.tolist() == [3]
+
+
+def test_a_table_of_many_rows_is_shared_out_like_a_few(run: Run) -> None:
+    of = variant("sgd-momentum")
+    update = Update(of, "float32", of.hyper())
+    befores = [random_arrays(of, "float32", 1 + place % 7, str(place)) for place in range(200)]
+    rows = [copies(before) for before in befores]
+    run(update, rows, 4, by_table=True)
+    for place, (row, before) in enumerate(zip(rows, befores, strict=True)):
+        assert_same(row, update.by_reference(before), before, f"row {place}")
