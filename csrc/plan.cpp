@@ -336,7 +336,11 @@ py::list Plan::updated() const {
 
 void Plan::append_to_batch(const Row& row) {
   const bool on_device = row.counts_on_device;
-  const BatchKey key = {row.device, row.group, row.layout, on_device ? 0 : step_of(row),
+  const BatchKey key = {row.device,
+                        row.group,
+                        row.layout,
+                        row.cleared != nullptr,
+                        on_device ? 0 : step_of(row),
                         on_device ? row.step_type : Stored::kUnknown};
   Batch& batch = batches_[key];
   const int size = size_of(row.type);
@@ -362,13 +366,14 @@ void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
                        const std::vector<double>& scales,
                        const std::map<int, DeviceInputs>& inputs) {
   for (const auto& [key, batch] : batches_) {
-    const auto& [device, group_number, layout, step, step_type] = key;
+    const auto& [device, group_number, layout, clears, step, step_type] = key;
     const auto group = static_cast<std::size_t>(group_number);
     const auto found = inputs.find(device);
     if (found == inputs.end()) throw std::invalid_argument("there are no inputs for a device");
     const DeviceInputs& input = found->second;
     cuda::Launch launch = {};
     launch.step_is_double = step_type == Stored::kFloat64;
+    launch.clears = clears;
     launch.host_step = step;
     for (std::size_t i = 0; i < hyper[group].size(); ++i) {
       const auto [at, is_double] = input.numbers.at(group).at(i);
@@ -377,7 +382,7 @@ void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
     launch.sign = scales[group];
     launch.grad_scale = reinterpret_cast<const float*>(input.grad_scale);
     launch.found_inf = reinterpret_cast<const float*>(input.found_inf);
-    auto& table = tables_.try_emplace({device, group_number, layout}, device).first->second;
+    auto& table = tables_.try_emplace({device, group_number, layout, clears}, device).first->second;
     const int variant = rule_.first_variant + static_cast<int>(flags_[group]);
     cuda::run(device, reinterpret_cast<void*>(input.stream), layout, variant, launch, batch.rows,
               table);

@@ -88,9 +88,9 @@ class Plan {
     bool first_step = false;
   };
 
-  // Rows on a GPU that one launch updates: of a device, a group, a layout, and a step that the
-  // host knows; or, where the step is 0, with steps on the device of this type.
-  using BatchKey = std::tuple<int, int, int, std::int64_t, Stored>;
+  // Rows on a GPU that one launch updates: of a device, a group, a layout, whether gradients are
+  // cleared, and a step that the host knows; or, where it is 0, with steps on the device of a type.
+  using BatchKey = std::tuple<int, int, int, bool, std::int64_t, Stored>;
   struct Batch {
     std::vector<cuda::Row> rows;
     std::int64_t end = 0;
@@ -130,7 +130,7 @@ class Plan {
   std::vector<Segment> segments_;
   std::map<std::pair<int, std::int64_t>, Scalars> scalars_;
   std::map<BatchKey, Batch> batches_;
-  std::map<std::tuple<int, int, int>, cuda::Table> tables_;  // by device, group and layout
+  std::map<std::tuple<int, int, int, bool>, cuda::Table> tables_;  // by the first of a key
   std::uint64_t turn_ = 0;  // of those who ask, so that one notices another in between
   bool matched_ = false;    // by the last call, so that step() may run
   bool running_ = false;

@@ -69,6 +69,7 @@ class Launch(ctypes.Structure):
         ("rows", ctypes.POINTER(Row)),
         ("row_count", ctypes.c_int),
         ("step_is_double", ctypes.c_bool),
+        ("clears", ctypes.c_bool),
         ("total", ctypes.c_int64),
         ("host_step", ctypes.c_int64),
         ("hyper", Number * 5),
@@ -225,6 +226,17 @@ def test_an_overflow_changes_nothing_and_counts_no_step(run: Run) -> None:
     run(update, [found], steps=steps, found_inf=overflow.ctypes.data)
     assert_same(found, before, before)
     assert steps.tolist() == [3]
+
+
+def test_gradients_are_cleared_where_that_is_asked_for(run: Run) -> None:
+    of = variant("adam")
+    before = random_arrays(of, "float16", 1001)
+    found = copies(before)
+    update = Update(of, "float16", of.hyper())
+    run(update, [found], clears=True)
+    assert not found["g"].any()
+    after = update.by_reference(before)
+    assert_same(found, after | {"g": np.zeros_like(before["g"])}, before)
 
 
 def test_a_table_of_many_rows_is_shared_out_like_a_few(run: Run) -> None:

@@ -136,7 +136,7 @@ struct Loop {
 
   // Elements [begin, end) of a row; begin is a multiple of kRowAlignment.
   static __device__ void run(const Arrays& arrays, std::int64_t begin, std::int64_t end,
-                             const Scalars& k) {
+                             const Scalars& k, bool clears) {
     P* const p = static_cast<P*>(arrays.param);
     const G* const g = static_cast<const G*>(arrays.grad);
     S* s[kStates];
@@ -164,6 +164,9 @@ struct Loop {
         const std::int64_t first = at + u * kStride;
         update(vectors[u], k);
         ParamAccess::store(p + first, vectors[u].p, p_aligned, end - first);
+        if (clears) {
+          GradAccess::store(const_cast<G*>(g) + first, {}, g_aligned, end - first);
+        }
         for (int i = 0; i < kStates; ++i) {
           if (uses(i)) StateAccess::store(s[i] + first, vectors[u].s[i], s_aligned[i], end - first);
         }
@@ -189,7 +192,7 @@ struct Loop {
         prepared = step;
       }
       const std::int64_t begin = at - row.begin, rest = end - row.begin;
-      run(row.arrays, begin, rest < row.count ? rest : row.count, shared);
+      run(row.arrays, begin, rest < row.count ? rest : row.count, shared, launch.clears);
       at = i + 1 < launch.row_count ? rows[i + 1].begin : end;
     }
   }

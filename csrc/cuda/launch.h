@@ -39,6 +39,7 @@ struct Launch {
   const Row* rows;  // on the device; null: inline_rows
   int row_count;
   bool step_is_double;
+  bool clears;             // sets the gradients to zero behind the update
   std::int64_t total;      // elements of all rows, with the gaps of their alignment
   std::int64_t host_step;  // where a row has no step on the device
   Number hyper[kMaxHyper];

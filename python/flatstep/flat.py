@@ -344,12 +344,7 @@ def clearing_buffer(param: torch.Tensor) -> FlatBuffer | None:
     if not _generation:
         return None
     buffer, home = _places.get(param, (None, None))
-    clears = (
-        home is not None
-        and buffer.clears_gradients
-        and param.device.type == "cpu"
-        and home.has_gradient(param)
-    )
+    clears = home is not None and buffer.clears_gradients and home.has_gradient(param)
     return buffer if clears else None
 
 

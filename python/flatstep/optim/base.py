@@ -172,8 +172,10 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        # What is on a GPU is read there, if it can be.
-        if found_inf is None or is_on_gpu(found_inf) or not float(found_inf):
+        # What is on a GPU is read there, if it can be. SGD has no step on a GPU that would tell its
+        # first from one after an overflow.
+        left_to_gpu = found_inf is not None and self.counts_steps and is_on_gpu(found_inf)
+        if found_inf is None or left_to_gpu or not float(found_inf):
             if not self._turn.acquire(blocking=False):
                 raise RuntimeError("step() of this optimizer is running in another thread")
             try:
@@ -217,7 +219,6 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("the parameters changed while step() was looking at them")
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        # SGD has no step on the GPU that could tell its first from one after an overflow.
         deferred = self._only_gpus and (self.counts_steps or found_inf is None)
         if self._gpus and not deferred and found_inf is not None and float(found_inf):
             return
@@ -239,8 +240,9 @@ class Optimizer(torch.optim.Optimizer):
         # Before, not after: now torch's objects are in the caches.
         increment_version(updated + self._written)
         plan.step(hyper, scales, torch.get_num_threads(), inputs)
+        known = not deferred or found_inf is None  # whether there was an update
         for buffer, count in self._cleared.items():
-            buffer.mark_cleared(count if len(updated) == self._rows else 0)
+            buffer.mark_cleared(count if known and len(updated) == self._rows else 0)
         for other in self._others:
             if other.found.param.grad is not None:
                 self._update_other(other, variants[other.found.group], scales[other.found.group])
