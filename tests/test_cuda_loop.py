@@ -28,6 +28,7 @@ from kernel_cases import (
 )
 
 from flatstep import _core
+from flatstep.optim import gpu
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -247,3 +248,14 @@ def test_a_table_of_many_rows_is_shared_out_like_a_few(run: Run) -> None:
     run(update, rows, 4, by_table=True)
     for place, (row, before) in enumerate(zip(rows, befores, strict=True)):
         assert_same(row, update.by_reference(before), before, f"row {place}")
+
+
+def test_a_build_without_kernels_for_a_gpu_says_once_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu._core, "gpu_count", lambda: 0)
+    gpu.warn_if_absent.cache_clear()
+    with pytest.warns(UserWarning, match="torch's operations"):
+        gpu.warn_if_absent()
+    gpu.warn_if_absent()  # a second warning would be an error
+    gpu.warn_if_absent.cache_clear()

@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMULATED, Case, clones, parameters, rich
+from kernel_cases import (
+    DTYPES,
+    VARIANTS,
+    Update,
+    Variant,
+    address,
+    assert_same,
+    copies,
+    random_arrays,
+)
 from torch.nn import Parameter
 
 import flatstep
+from flatstep import _core
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="not built with FLATSTEP_CUDA=EMULATED")
 
@@ -136,3 +147,27 @@ def test_an_overflow_at_the_first_step_of_sgd_leaves_it_the_first() -> None:
             give_gradients(torchs, step)
             theirs.step()
     assert_like_torch(ours, torchs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of", VARIANTS, ids=str)
+def test_one_update_has_the_reference_s_bytes(of: Variant, dtype: str) -> None:
+    update = Update(of, dtype, of.hyper())
+    before = random_arrays(of, dtype, 300)
+    found = copies(before)
+    p, g, *states = (address(found[name]) for name in of.arrays)
+    hyper = [update.hyper[name] for name in of.hyper_names]
+    _core.update_on_gpu(
+        of.rule, of.flags, update.layout, p, g, states, 300, hyper, update.step, 1.0, 0, 0
+    )
+    assert_same(found, update.by_reference(before), before, update)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    of = VARIANTS[0]
+    hyper = [0.0] * len(of.hyper_names)
+    for device in (-1, 1):
+        with pytest.raises(ValueError, match="no GPU"):
+            _core.update_on_gpu(
+                of.rule, of.flags, 0, 64, 64, [64] * len(of.states), 1, hyper, 1, 1.0, device, 0
+            )

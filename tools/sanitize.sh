@@ -9,7 +9,7 @@ trap 'rm -rf "$work"' EXIT
 site=$work/site
 
 pip install --quiet --no-deps --target "$site" -C build-dir="$work/build" \
-  -C cmake.define.FLATSTEP_SANITIZE=address,undefined .
+  -C cmake.define.FLATSTEP_SANITIZE=address,undefined -C cmake.define.FLATSTEP_CUDA=OFF .
 
 # libstdc++ comes along because AddressSanitizer looks for __cxa_throw before Python loads it.
 preload=

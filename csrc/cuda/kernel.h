@@ -96,8 +96,13 @@ struct Loop {
     for (int i = 0; i < kStates; ++i) arrays += uses(i) ? 1 : 0;
     return arrays;
   }
-  // Vectors of each array that a thread asks for at once; more than ten do not fit its registers.
-  static constexpr int kUnroll = count_arrays() > 4 ? 1 : 2;
+  // Vectors of each array that a thread asks for at once: as many as its registers hold.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  static constexpr int kMostArrays = sizeof(P) == 2 ? 3 : 4;
+#else
+  static constexpr int kMostArrays = 4;
+#endif
+  static constexpr int kUnroll = count_arrays() > kMostArrays ? 1 : 2;
 
   // Rounded once from doubles, as on the host.
   static __device__ __noinline__ Scalars prepare(const Launch& launch, std::int64_t step) {

@@ -71,6 +71,7 @@ def facts() -> dict[str, str]:
         if has_table
         else "read through their attributes: torch 2.10 and newer have a faster way",
         "huge pages": _huge_pages(),
+        "GPUs": str(_core.gpu_count()) if _core.gpu_count() else f"none: {_core.gpu_absence()}",
     }
 
 

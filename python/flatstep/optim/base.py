@@ -295,6 +295,8 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = None
         connect_dtensor()
         everything = self._find()
+        if any(found.param.device.type == "cuda" for found in everything):
+            gpu.warn_if_absent()
         routes = {found: self._route(found) for found in everything if found.param.grad is not None}
         plain = [found for found, route in routes.items() if route in (Route.KERNEL, Route.ALONE)]
         for place in overlapping([local_of(found.param) for found in plain]):

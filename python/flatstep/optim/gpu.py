@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from flatstep import _core
+
 # A GPU's stream, the addresses of the gradients' scale and overflow (0: none), and of each group's
 # hyper-parameters the address (0: the host knows the number) and whether it is of a double.
 Inputs = tuple[int, int, int, list[list[tuple[int, bool]]]]
+
+
+@functools.cache
+def warn_if_absent() -> None:
+    """Says, once, that there are no kernels for the GPU that parameters are on, and why."""
+    if _core.gpu_count() == 0:
+        warnings.warn(
+            "parameters on a GPU are updated through torch's operations, rightly but slowly: "
+            + _core.gpu_absence(),
+            stacklevel=6,
+        )
 
 
 def is_there(value: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from flatstep import _core, reference
 
@@ -141,9 +142,13 @@ def all_dtypes() -> list[str]:
     return [param for param, _, _ in _core.layouts()]
 
 
+GPU = "cuda"
+
+
 def supported_isas() -> list[str]:
     """The instruction sets that this build has and this processor runs, the narrowest first."""
-    return [name for name, supported in reversed(_core.isas()) if supported]
+    isas = [name for name, supported in reversed(_core.isas()) if supported]
+    return [*isas, GPU] if _core.gpu_count() > 0 and torch.cuda.is_available() else isas
 
 
 def default_threads() -> list[int]:

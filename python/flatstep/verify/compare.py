@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from flatstep import _core, reference
 from flatstep.verify.cases import FORMATS, Bits, Case, draw
@@ -113,7 +115,7 @@ class Difference:
 
 
 class Kernel:
-    """Runs the kernel in use on one case, in memory of its own."""
+    """Runs the kernel in use, or the GPU's, on one case, in memory of its own."""
 
     def __init__(self, expected: Expected):
         self.expected = expected
@@ -122,30 +124,46 @@ class Kernel:
         self.grad = arena.array(self.block, "grad")
         self.addresses = [arena.address(self.block, name) for name in arena.starts]
 
-    def first_difference(self, threads: int) -> Difference | None:
+    def first_difference(self, threads: int, *, on_gpu: bool = False) -> Difference | None:
         """Runs every update; None where each leaves the same bits as the reference."""
         expected, case = self.expected, self.expected.case
-        param, grad, *states = self.addresses
         self.block[:] = expected.start
         for update, values in enumerate(expected.grads):
             self.grad[:] = values
-            _core.update(
-                case.variant.rule,
-                case.variant.number,
-                case.layout,
-                param,
-                grad,
-                states,
-                case.size,
-                expected.hyper,
-                case.numbers.step + update,
-                case.numbers.scale,
-                threads,
-            )
+            if on_gpu:
+                self._update_on_gpu(update)
+            else:
+                _core.update(**self._arguments(update, self.addresses), threads=threads)
             differ = differences(self.block, expected.after[update], case.dtype)
             if differ.size:
                 return Difference(update, int(differ[0]), self.block.copy(), differ.size)
         return None
+
+    def _arguments(self, update: int, addresses: list[int]) -> dict[str, Any]:
+        case = self.expected.case
+        param, grad, *states = addresses
+        return {
+            "rule": case.variant.rule,
+            "flags": case.variant.number,
+            "layout": case.layout,
+            "param": param,
+            "grad": grad,
+            "states": states,
+            "count": case.size,
+            "hyper": self.expected.hyper,
+            "step": case.numbers.step + update,
+            "scale": case.numbers.scale,
+        }
+
+    def _update_on_gpu(self, update: int) -> None:
+        """Guards and all: the block goes to the GPU and comes back."""
+        host = torch.from_numpy(self.block.view(np.uint8))
+        device = host.cuda()
+        moved = device.data_ptr() - int(self.block.ctypes.data)
+        stream = torch.cuda.current_stream()
+        arguments = self._arguments(update, [address + moved for address in self.addresses])
+        _core.update_on_gpu(**arguments, device=device.get_device(), stream=stream.cuda_stream)
+        host.copy_(device)
 
 
 def differences(got: Bits, expected: Bits, dtype: str) -> npt.NDArray[np.intp]:

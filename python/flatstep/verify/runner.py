@@ -11,7 +11,7 @@ import torch
 
 from flatstep import _core, reference
 from flatstep.verify import names, torch_distance
-from flatstep.verify.cases import FORMATS, Bits, Case, Selection, select
+from flatstep.verify.cases import FORMATS, GPU, Bits, Case, Selection, select
 from flatstep.verify.compare import Difference, Expected, Kernel
 from flatstep.verify.results import Mismatch, Report, Value
 
@@ -126,8 +126,9 @@ def _differences(
     for threads in selection.threads:
         torch.set_num_threads(threads)
         for isa in selection.isas:
-            _core.use_isa(isa)
-            yield isa, threads, kernel.first_difference(threads)
+            if isa != GPU:
+                _core.use_isa(isa)
+            yield isa, threads, kernel.first_difference(threads, on_gpu=isa == GPU)
 
 
 @contextmanager
