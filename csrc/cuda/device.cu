@@ -70,8 +70,8 @@ std::pair<int, std::string> find_devices() {
   if (error == cudaSuccess && count > 0) return {count, ""};
   if (error == cudaErrorInsufficientDriver) {
     return {0,
-            "the NVIDIA driver is older than this build's CUDA; update the driver, or build "
-            "flatstep with an older CUDA"};
+            "there is no NVIDIA driver, or one older than this build's CUDA: update the driver, or "
+            "build flatstep with an older CUDA"};
   }
   return {0, "CUDA finds no GPU: " + std::string(cudaGetErrorString(error))};
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,10 @@ class Difference:
     count: int  # of elements that differ
 
 
+# Of an update: all but where it runs.
+_Arguments = tuple[str, int, int, int, int, list[int], int, Sequence[float], int, float]
+
+
 class Kernel:
     """Runs the kernel in use, or the GPU's, on one case, in memory of its own."""
 
@@ -133,27 +137,27 @@ class Kernel:
             if on_gpu:
                 self._update_on_gpu(update)
             else:
-                _core.update(**self._arguments(update, self.addresses), threads=threads)
+                _core.update(*self._arguments(update, self.addresses), threads)
             differ = differences(self.block, expected.after[update], case.dtype)
             if differ.size:
                 return Difference(update, int(differ[0]), self.block.copy(), differ.size)
         return None
 
-    def _arguments(self, update: int, addresses: list[int]) -> dict[str, Any]:
+    def _arguments(self, update: int, addresses: list[int]) -> _Arguments:
         case = self.expected.case
         param, grad, *states = addresses
-        return {
-            "rule": case.variant.rule,
-            "flags": case.variant.number,
-            "layout": case.layout,
-            "param": param,
-            "grad": grad,
-            "states": states,
-            "count": case.size,
-            "hyper": self.expected.hyper,
-            "step": case.numbers.step + update,
-            "scale": case.numbers.scale,
-        }
+        return (
+            case.variant.rule,
+            case.variant.number,
+            case.layout,
+            param,
+            grad,
+            states,
+            case.size,
+            self.expected.hyper,
+            case.numbers.step + update,
+            case.numbers.scale,
+        )
 
     def _update_on_gpu(self, update: int) -> None:
         """Guards and all: the block goes to the GPU and comes back."""
@@ -162,7 +166,7 @@ class Kernel:
         moved = device.data_ptr() - int(self.block.ctypes.data)
         stream = torch.cuda.current_stream()
         arguments = self._arguments(update, [address + moved for address in self.addresses])
-        _core.update_on_gpu(**arguments, device=device.get_device(), stream=stream.cuda_stream)
+        _core.update_on_gpu(*arguments, device.get_device(), stream.cuda_stream)
         host.copy_(device)
 
 
