@@ -173,6 +173,29 @@ def test_checkpoints_go_to_torch_and_back() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_functions_have_the_cpu_s_bits() -> None:
+    cpu = [torch.rand(1003) for _ in range(4)]
+    gpu = [x.cuda() for x in cpu]
+    for step in range(1, 4):
+        flatstep.functional.adamw_(*cpu, step=step, lr=0.01)
+        flatstep.functional.adamw_(*gpu, step=step, lr=0.01)
+    for a, b in zip(gpu, cpu, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="cuda"):
+        flatstep.functional.adamw_(gpu[0], *cpu[1:], step=1, lr=0.01)
+
+
+def test_a_strided_gradient_has_the_cpu_s_bits() -> None:
+    cpu = parameters(shapes=[(30, 40)])
+    gpu = on_gpu(cpu)
+    for params in (cpu, gpu):
+        opt = flatstep.Adam(params)
+        for step in range(3):
+            params[0].grad = gradient(cpu[0], step).to(params[0].device).t().contiguous().t()
+            opt.step()
+    assert_same_bits(gpu, cpu)
+
+
 def test_the_current_device_and_stream_stay_as_they_were() -> None:
     gpu = on_gpu(parameters(shapes=SHAPES))
     opt = flatstep.SGD(gpu, momentum=0.9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,19 @@ def _increment_each(tensors: Iterable[torch.Tensor]) -> None:
 increment_version: Callable[[Iterable[torch.Tensor]], None] = (
     torch.autograd.graph.increment_version if _increments_many else _increment_each
 )
+
+
+Arguments = tuple[str, int, int, int, int, Sequence[int], int, Sequence[float], int, float]
+
+
+def update_memory(device: torch.device, arguments: Arguments) -> None:
+    """One update of plain memory on a device; the arguments are those of ``_core.update``."""
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        index = torch.cuda.current_device() if device.index is None else device.index
+        _core.update_on_gpu(*arguments, index, stream)
+    else:
+        _core.update(*arguments, torch.get_num_threads())
 
 
 def zeros_flat(

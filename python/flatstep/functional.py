@@ -1,10 +1,10 @@
 """One update in place on arrays that you own: flat torch tensors or NumPy arrays.
 
 Every function takes a parameter, its gradient and its states as arrays of one kind, shape and
-dtype: contiguous torch CPU tensors, or C-contiguous NumPy arrays that are writable (the gradient
-need not be). The dtypes are float32, float64, float16 and bfloat16 (in NumPy: the dtype of that
-name that ml_dtypes registers). Nothing has been written when an error is raised. Arrays must not
-overlap.
+dtype: contiguous torch tensors, on the CPU or a GPU, or C-contiguous NumPy arrays that are
+writable (the gradient need not be). The dtypes are float32, float64, float16 and bfloat16 (in
+NumPy: the dtype of that name that ml_dtypes registers). Nothing has been written when an error is
+raised. Arrays must not overlap.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from flatstep import _core
-from flatstep._torch import LAYOUT, STORED, increment_version
+from flatstep._torch import LAYOUT, STORED, Arguments, increment_version, update_memory
 from flatstep.optim.base import RULES, flag_bits
-from flatstep.optim.routes import is_plain
+from flatstep.optim.routes import is_on_gpu, is_plain
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 
@@ -234,7 +233,7 @@ def _memory_of(name: str, array: Any, *, written: bool) -> _Memory:
         if not is_plain(array) or array.is_complex() or array.is_neg():
             raise TypeError(
                 f"{name} is a {type(array).__name__} of {array.dtype} on {array.device}; flatstep "
-                f"takes plain CPU tensors of {_dtypes()}"
+                f"takes plain tensors of {_dtypes()}, on the CPU or a GPU that it has kernels for"
             )
         if not array.is_contiguous():
             raise ValueError(
@@ -247,7 +246,11 @@ def _memory_of(name: str, array: Any, *, written: bool) -> _Memory:
                 f"{name} was made under torch.inference_mode() and cannot be updated outside it"
             )
         found = _Memory(
-            "torch", STORED[array.dtype], tuple(array.shape), array.data_ptr(), array.nbytes
+            f"torch {array.device}" if is_on_gpu(array) else "torch",
+            STORED[array.dtype],
+            tuple(array.shape),
+            array.data_ptr(),
+            array.nbytes,
         )
     elif isinstance(array, np.ndarray):
         if array.dtype.name not in STORED.values() or not array.dtype.isnative:
@@ -303,7 +306,7 @@ def _update(
     for (start, size, name), (next_start, _, next_name) in pairwise(spans):
         if size and start + size > next_start:
             raise ValueError(f"{name} and {next_name} overlap; pass arrays of their own memory")
-    _core.update(
+    arguments: Arguments = (
         rule,
         number,
         LAYOUT[first.dtype, first.dtype, first.dtype],
@@ -314,8 +317,9 @@ def _update(
         [float(hyper[name]) for name in RULES[rule]["hyper"]],
         int(step),
         (-1.0 if maximize else 1.0) / grad_scale,
-        torch.get_num_threads(),
     )
+    device = param.device if isinstance(param, torch.Tensor) else torch.device("cpu")
+    update_memory(device, arguments)
     increment_version(
         [a for name, a in arrays.items() if isinstance(a, torch.Tensor) and name != "grad"]
     )

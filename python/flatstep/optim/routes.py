@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flatstep import _core
-from flatstep._torch import LAYOUT, STORED, is_dtensor
+from flatstep._torch import LAYOUT, STORED, Arguments, is_dtensor, update_memory
 
 
 class Route(enum.Enum):
@@ -178,7 +178,7 @@ def route_of(found: Found, *, differentiable: bool) -> Route:
         and is_aligned(local_grad)
     ):
         return Route.KERNEL
-    return Route.TORCH if is_on_gpu(local_param) else Route.ALONE
+    return Route.ALONE
 
 
 def overlapping(tensors: list[torch.Tensor]) -> set[int]:
@@ -234,7 +234,7 @@ def update_alone(
 
     flat_grad = in_order(grad)
     flat_states = [in_order(state) for state in states]
-    _core.update(
+    arguments: Arguments = (
         rule,
         flags,
         layout_of(flat),
@@ -245,8 +245,8 @@ def update_alone(
         hyper,
         step,
         scale,
-        torch.get_num_threads(),
     )
+    update_memory(flat.device, arguments)
     for tensor, copy in zip([param, *states], [flat, *flat_states], strict=True):
         if copy is not tensor:
             tensor.copy_(copy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from flatstep import _core, reference
+from flatstep._torch import Arguments, update_memory
 from flatstep.verify.cases import FORMATS, Bits, Case, draw
 
 GUARD = 64  # elements before and after each array that nobody may touch
@@ -114,10 +114,6 @@ class Difference:
     count: int  # of elements that differ
 
 
-# Of an update: all but where it runs.
-_Arguments = tuple[str, int, int, int, int, list[int], int, Sequence[float], int, float]
-
-
 class Kernel:
     """Runs the kernel in use, or the GPU's, on one case, in memory of its own."""
 
@@ -143,7 +139,7 @@ class Kernel:
                 return Difference(update, int(differ[0]), self.block.copy(), differ.size)
         return None
 
-    def _arguments(self, update: int, addresses: list[int]) -> _Arguments:
+    def _arguments(self, update: int, addresses: list[int]) -> Arguments:
         case = self.expected.case
         param, grad, *states = addresses
         return (
@@ -164,9 +160,8 @@ class Kernel:
         host = torch.from_numpy(self.block.view(np.uint8))
         device = host.cuda()
         moved = device.data_ptr() - int(self.block.ctypes.data)
-        stream = torch.cuda.current_stream()
         arguments = self._arguments(update, [address + moved for address in self.addresses])
-        _core.update_on_gpu(*arguments, device.get_device(), stream.cuda_stream)
+        update_memory(device.device, arguments)
         host.copy_(device)
 
 
