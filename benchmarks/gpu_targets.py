@@ -15,12 +15,13 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from figure import Figure
 from torch.nn import Parameter
 
 import flatstep
@@ -45,29 +46,6 @@ MANY: list[Shape] = [(256,)] * 10_000
 FLAT: list[Shape] = [(1 << 30,)]
 ODD: list[Shape] = [((1 << 28) + 1,)]
 EVEN: list[Shape] = [(1 << 28,)]
-
-
-@dataclass
-class Figure:
-    """A figure beside its target; some have none and are there to compare."""
-
-    what: str
-    found: float
-    target: float | None = None
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        if self.target is None:
-            return True
-        return self.found >= self.target if self.at_least else self.found <= self.target
-
-    def line(self) -> str:
-        if self.target is None:
-            return f"{self.what:60} {self.found:10.3f}"
-        sign = "≥" if self.at_least else "≤"
-        verdict = "met" if self.met else "MISSED"
-        return f"{self.what:60} {self.found:10.3f}  {sign} {self.target:.2f}  {verdict}"
 
 
 def parameters(shapes: list[Shape], dtype: torch.dtype, offset: int = 0) -> list[Parameter]:

@@ -13,13 +13,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
 
 import torch
 import typer
+from figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -56,30 +57,6 @@ REPEATS = 3
 Build = Callable[[list[Parameter]], torch.optim.Optimizer]
 OURS: Build = flatstep.Adam
 THEIRS: Build = lambda params: torch.optim.Adam(params, fused=True)  # noqa: E731
-
-
-@dataclass
-class Figure:
-    """A figure beside its target; some have none and are there to compare."""
-
-    what: str
-    found: float
-    target: float | None = None
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        if self.target is None:
-            return True
-        return self.found >= self.target if self.at_least else self.found <= self.target
-
-    def row(self) -> list[str]:
-        if self.target is None:
-            return [self.what, f"{self.found:.3f}", "", ""]
-        by = abs(self.found / self.target - 1)
-        verdict = "[green]met" if self.met else f"[red]missed by {by:.1%}"
-        target = f"{'≥' if self.at_least else '≤'} {self.target:.2f}"
-        return [self.what, f"{self.found:.3f}", target, verdict]
 
 
 def tasks() -> list[profile.Task]:

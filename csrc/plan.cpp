@@ -43,6 +43,15 @@ bool adjoin(T* first, std::int64_t bytes, T* second) {
   return static_cast<Byte*>(first) + bytes == static_cast<Byte*>(second);
 }
 
+// Whether each array of the second begins where the first's ends, after that many bytes.
+bool adjoin(const Arrays& first, std::int64_t bytes, const Arrays& second) {
+  bool all = adjoin(first.param, bytes, second.param) && adjoin(first.grad, bytes, second.grad);
+  for (int i = 0; all && i < kMaxStates; ++i) {
+    all = !second.state[i] || adjoin(first.state[i], bytes, second.state[i]);
+  }
+  return all;
+}
+
 // Whether there is memory of known type behind the view.
 bool is_readable(const TensorView& view) {
   return view.device >= kCpu && view.device < cuda::device_count() &&
@@ -309,14 +318,9 @@ void Plan::append(const Row& row, const double* scalars) {
   if (!segments_.empty()) {
     Segment& last = segments_.back();
     const std::int64_t bytes = last.count * size;
-    bool merge = last.kernel == kernel && last.scalars == scalars &&
-                 (last.cleared != nullptr) == (row.cleared != nullptr) &&
-                 adjoin(last.arrays.param, bytes, row.arrays.param) &&
-                 adjoin(last.arrays.grad, bytes, row.arrays.grad);
-    for (int i = 0; merge && i < kMaxStates; ++i) {
-      merge = !row.arrays.state[i] || adjoin(last.arrays.state[i], bytes, row.arrays.state[i]);
-    }
-    if (merge) {
+    if (last.kernel == kernel && last.scalars == scalars &&
+        (last.cleared != nullptr) == (row.cleared != nullptr) &&
+        adjoin(last.arrays, bytes, row.arrays)) {
       last.count += row.count;
       return;
     }
@@ -325,8 +329,9 @@ void Plan::append(const Row& row, const double* scalars) {
 }
 
 py::list Plan::updated() const {
-  if (!matched_)
+  if (!matched_) {
     throw std::runtime_error("updated() must follow a call of matches() that said true");
+  }
   py::list updated;
   for (const Row& row : rows_) {
     if (row.active && row.kind == Kind::kUpdated) updated.append(py::handle(row.param));
@@ -347,12 +352,7 @@ void Plan::append_to_batch(const Row& row) {
   if (!batch.rows.empty() && !on_device) {
     cuda::Row& last = batch.rows.back();
     const std::int64_t bytes = last.count * size;
-    bool merge = adjoin(last.arrays.param, bytes, row.arrays.param) &&
-                 adjoin(last.arrays.grad, bytes, row.arrays.grad);
-    for (int i = 0; merge && i < kMaxStates; ++i) {
-      merge = !row.arrays.state[i] || adjoin(last.arrays.state[i], bytes, row.arrays.state[i]);
-    }
-    if (merge) {
+    if (adjoin(last.arrays, bytes, row.arrays)) {
       last.count += row.count;
       batch.end = cuda::end_of(last);
       return;
