@@ -109,8 +109,8 @@ def variants(core: ModuleType, rules: list[str] | None, dtypes: list[str] | None
     """Every kernel, or those of the given rules and dtypes; those of one dtype side by side."""
     return [
         Variant(rule, flags, len(states), layout, dtype)
-        for layout, (dtype, _, _) in enumerate(core.layouts())
-        if not dtypes or dtype in dtypes
+        for layout, (dtype, *others) in enumerate(core.layouts())
+        if {dtype} == {*others} and (not dtypes or dtype in dtypes)
         for rule in core.rules()
         if not rules or rule["name"] in rules
         for flags, states in rule["variants"]

@@ -34,9 +34,9 @@ py::list describe_rules() {
 
 py::list describe_layouts() {
   py::list described;
-  for (const LayoutInfo& layout : layouts()) {
+  for (const Types& types : layouts()) {
     described.append(
-        py::make_tuple(name_of(layout.param), name_of(layout.grad), name_of(layout.state)));
+        py::make_tuple(name_of(types.param), name_of(types.grad), name_of(types.state)));
   }
   return described;
 }
@@ -55,19 +55,20 @@ using RawInputs =
     std::map<int, std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t,
                              std::vector<std::vector<std::pair<std::uintptr_t, bool>>>>>;
 
+// Of each group: ExtraInputs.
+using RawExtras = std::vector<std::tuple<double, double, std::uint64_t>>;
+
 template <class T = void>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
 // The arrays of one update, checked.
-Arrays arrays_of(const RuleInfo& rule, unsigned flags, int layout, std::uintptr_t param,
+Arrays arrays_of(const RuleInfo& rule, unsigned variant, int layout, std::uintptr_t param,
                  std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
                  const std::vector<double>& hyper, std::int64_t step) {
-  if (flags >= rule.allowed.size() || !rule.allowed[flags]) {
-    throw std::invalid_argument("rule '" + rule.name + "' has no variant " + std::to_string(flags));
-  }
-  if (layout < 0 || layout >= Layouts::kCount) throw std::invalid_argument("no such layout");
+  const std::string why = refusal(rule, variant, layout);
+  if (!why.empty()) throw std::invalid_argument(why);
   if (hyper.size() != rule.hyper.size()) throw std::invalid_argument("wrong number of hyper");
   if (step < 1) throw std::invalid_argument("step counts from 1");
   if (count < 0) throw std::invalid_argument("count must not be negative");
@@ -75,7 +76,7 @@ Arrays arrays_of(const RuleInfo& rule, unsigned flags, int layout, std::uintptr_
   std::size_t given = 0;
   bool complete = param && grad;
   for (int i = 0; i < kMaxStates; ++i) {
-    if (!(rule.state_masks[flags] >> i & 1)) continue;
+    if (!(rule.state_masks[variant & kFlagMask] >> i & 1)) continue;
     complete = complete && given < states.size() && states[given];
     if (complete) arrays.state[i] = pointer(states[given++]);
   }
@@ -85,17 +86,43 @@ Arrays arrays_of(const RuleInfo& rule, unsigned flags, int layout, std::uintptr_
   return arrays;
 }
 
-void update(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
+void update(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
             std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
-            const std::vector<double>& hyper, std::int64_t step, double scale, int threads) {
+            const std::vector<double>& hyper, std::int64_t step, double scale, int threads,
+            std::uintptr_t master, std::uintptr_t average, double unscale, double average_decay,
+            std::uint64_t seed, std::int64_t count_of_step, std::uint32_t first) {
   const RuleInfo& rule = find_rule(rule_name);
-  const Arrays arrays = arrays_of(rule, flags, layout, param, grad, states, count, hyper, step);
+  const Arrays arrays = arrays_of(rule, variant, layout, param, grad, states, count, hyper, step);
+  const unsigned extras = variant & ~kFlagMask;
+  const bool has_master = extras & (kMasterCopy | kMasterSplit), has_average = extras & kAverage;
+  if (count > 0 && (has_master != (master != 0) || has_average != (average != 0))) {
+    throw std::invalid_argument("wrong arrays");
+  }
   if (count == 0) return;
   const Scalars scalars = rule.prepare(hyper.data(), step, scale);
+  const Work work = {arrays,
+                     scalars.data(),
+                     layouts()[static_cast<std::size_t>(layout)],
+                     extras,
+                     pointer(master),
+                     pointer(average),
+                     first,
+                     prepare_extras(unscale, average_decay, seed, count_of_step)};
   threads = available_threads(threads);
   const py::gil_scoped_release others_may_run;
-  run_update({{arrays, count, find_kernel(rule, flags, layout), scalars.data(), nullptr, 0}},
-             threads);
+  run_update({{work, count, find_kernel(rule, variant, layout), false}}, threads);
+}
+
+double norm(std::uintptr_t grad, const std::string& dtype, std::int64_t count, bool largest,
+            int threads) {
+  for (const Types& types : layouts()) {
+    if (dtype != name_of(types.grad)) continue;
+    if (count < 0 || (count > 0 && !grad)) throw std::invalid_argument("there is no such gradient");
+    threads = available_threads(threads);
+    const py::gil_scoped_release others_may_run;
+    return run_norms({{pointer(grad), types.grad, count}}, largest, threads).front();
+  }
+  throw std::invalid_argument("there are no gradients of dtype '" + dtype + "'");
 }
 
 void update_on_gpu(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
@@ -104,6 +131,9 @@ void update_on_gpu(const std::string& rule_name, unsigned flags, int layout, std
                    double scale, int device, std::uintptr_t stream) {
   const RuleInfo& rule = find_rule(rule_name);
   const Arrays arrays = arrays_of(rule, flags, layout, param, grad, states, count, hyper, step);
+  if (layout >= Layouts::kCount || flags & ~kFlagMask) {
+    throw std::invalid_argument("GPUs have no kernel for that layout and those extras");
+  }
   if (device < 0 || (device >= cuda::device_count() && cuda::device_count() > 0)) {
     throw std::invalid_argument("there is no GPU " + std::to_string(device));
   }
@@ -156,8 +186,16 @@ PYBIND11_MODULE(_core, module) {
       },
       "library"_a);
 
+  module.attr("EXTRAS") =
+      py::dict("master_copy"_a = unsigned{kMasterCopy}, "master_split"_a = unsigned{kMasterSplit},
+               "stochastic"_a = unsigned{kStochastic}, "average"_a = unsigned{kAverage},
+               "writes_grad"_a = unsigned{kWritesGrad});
+
   module.def("update", &update, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a,
-             "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a);
+             "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a, "master"_a = 0,
+             "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0, "seed"_a = 0,
+             "count_of_step"_a = 1, "first"_a = 0);
+  module.def("norm", &norm, "grad"_a, "dtype"_a, "count"_a, "largest"_a, "threads"_a);
   module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
              "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a);
   module.def("gpu_count", &cuda::device_count);
@@ -166,25 +204,32 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Plan>(module, "Plan")
       .def(py::init<const std::string&>(), "rule"_a)
-      .def("begin", &Plan::begin, "flags"_a)
+      .def("begin", &Plan::begin, "variants"_a, "first"_a = 0)
       .def("add", &Plan::add, "group"_a, "param"_a, "states"_a, "step"_a, "first_step"_a,
            "cleared"_a)
-      .def("add_other", &Plan::add_other, "group"_a, "param"_a, "without_gradient"_a)
+      .def("add_other", &Plan::add_other, "group"_a, "param"_a, "count"_a, "without_gradient"_a)
       .def("end", &Plan::end, "state"_a)
-      .def("matches", &Plan::matches, "groups"_a, "state"_a, "flags"_a)
+      .def("matches", &Plan::matches, "groups"_a, "state"_a, "variants"_a)
       .def("updated", &Plan::updated)
+      .def("norm", &Plan::norm, "largest"_a, "others"_a, "threads"_a)
       .def(
           "step",
           [](Plan& plan, const std::vector<std::vector<double>>& hyper,
-             const std::vector<double>& scales, int threads, const RawInputs& raw) {
+             const std::vector<double>& scales, int threads, const RawInputs& raw,
+             const RawExtras& raw_extras) {
             std::map<int, DeviceInputs> inputs;
             for (const auto& [device, input] : raw) {
               const auto& [stream, grad_scale, found_inf, numbers] = input;
               inputs[device] = {stream, grad_scale, found_inf, numbers};
             }
-            plan.step(hyper, scales, threads, inputs);
+            std::vector<ExtraInputs> extras;
+            for (const auto& [unscale, decay, seed] : raw_extras) {
+              extras.push_back({unscale, decay, seed});
+            }
+            plan.step(hyper, scales, threads, inputs, extras);
           },
-          "hyper"_a, "scales"_a, "threads"_a, "inputs"_a = RawInputs{})
+          "hyper"_a, "scales"_a, "threads"_a, "inputs"_a = RawInputs{}, "extras"_a = RawExtras{})
+      .def("release", &Plan::release)
       .def("devices", &Plan::devices)
       .def_property_readonly("segments", &Plan::segments);
 }

@@ -4,6 +4,7 @@
 #include <bit>
 #include <stdexcept>
 
+#include "cpu/floating_point.h"
 #include "cpu/threads.h"
 
 namespace flatstep {
@@ -43,19 +44,44 @@ bool adjoin(T* first, std::int64_t bytes, T* second) {
   return static_cast<Byte*>(first) + bytes == static_cast<Byte*>(second);
 }
 
-// Whether each array of the second begins where the first's ends, after that many bytes.
-bool adjoin(const Arrays& first, std::int64_t bytes, const Arrays& second) {
-  bool all = adjoin(first.param, bytes, second.param) && adjoin(first.grad, bytes, second.grad);
+// Whether each array of the second begins where the first's ends, after that many elements.
+bool adjoin(const Arrays& first, std::int64_t count, const Arrays& second, const Types& types) {
+  bool all = adjoin(first.param, count * size_of(types.param), second.param) &&
+             adjoin(first.grad, count * size_of(types.grad), second.grad);
   for (int i = 0; all && i < kMaxStates; ++i) {
-    all = !second.state[i] || adjoin(first.state[i], bytes, second.state[i]);
+    all = !second.state[i] || adjoin(first.state[i], count * size_of(types.state), second.state[i]);
   }
   return all;
+}
+
+// The same of all that a kernel on the CPU is told.
+bool adjoin(const Work& first, std::int64_t count, const Work& second) {
+  if (first.scalars != second.scalars || first.extras != second.extras ||
+      first.types != second.types || !adjoin(first.arrays, count, second.arrays, first.types)) {
+    return false;
+  }
+  const int master = size_of(first.extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16);
+  const int average = std::max(size_of(first.types.param), size_of(Stored::kFloat32));
+  return (!first.master || adjoin(first.master, count * master, second.master)) &&
+         (!first.average || adjoin(first.average, count * average, second.average)) &&
+         (!(first.extras & kStochastic) ||
+          first.first + static_cast<std::uint32_t>(count) == second.first);
 }
 
 // Whether there is memory of known type behind the view.
 bool is_readable(const TensorView& view) {
   return view.device >= kCpu && view.device < cuda::device_count() &&
          view.type != Stored::kUnknown && (view.data || view.count() == 0);
+}
+
+// Of the parameter's gradient, or the other type where it has none that can be read.
+Stored grad_type_of(PyObject* param, Stored otherwise) {
+  const py::object grad = grad_of(param);
+  TensorView view;
+  if (grad.is_none() || !is_plain(local_of(grad.ptr())) || !view_of(local_of(grad.ptr()), view)) {
+    return otherwise;
+  }
+  return view.type;
 }
 
 bool is_aligned(const TensorView& view) {
@@ -75,19 +101,22 @@ bool is_compact(const TensorView& view) {
 
 }  // namespace
 
-unsigned Plan::mask_of(const Row& row) const {
-  return rule_.state_masks.at(flags_.at(static_cast<std::size_t>(row.group)));
+unsigned Plan::variant_of(const Row& row) const {
+  return variants_.at(static_cast<std::size_t>(row.group));
 }
 
-void Plan::begin(const std::vector<unsigned>& flags) {
-  for (const unsigned variant : flags) {
-    if (variant >= rule_.allowed.size() || !rule_.allowed[variant]) {
-      throw std::invalid_argument("rule '" + rule_.name + "' has no variant " +
-                                  std::to_string(variant));
-    }
+unsigned Plan::mask_of(const Row& row) const {
+  return rule_.state_masks.at(variant_of(row) & kFlagMask);
+}
+
+void Plan::begin(const std::vector<unsigned>& variants, std::uint32_t first) {
+  for (const unsigned variant : variants) {
+    const std::string why = refusal(rule_, variant & ~kExtraMask, 0);
+    if (!why.empty()) throw std::invalid_argument(why);
   }
   release();
-  flags_ = flags;
+  variants_ = variants;
+  elements_ = first;
   rows_.clear();
   dims_.clear();
   state_tensors_.clear();
@@ -95,54 +124,79 @@ void Plan::begin(const std::vector<unsigned>& flags) {
   state_values_.clear();
 }
 
-void Plan::add_other(int group, py::handle param, bool without_gradient) {
+void Plan::add_other(int group, py::handle param, std::int64_t count, bool without_gradient) {
   release();
-  static_cast<void>(flags_.at(static_cast<std::size_t>(group)));
+  static_cast<void>(variants_.at(static_cast<std::size_t>(group)));
   rows_.push_back({.param = param.ptr(),
                    .group = group,
                    .kind = without_gradient ? Kind::kWithoutGradient : Kind::kElsewhere});
+  elements_ += static_cast<std::uint32_t>(count);
 }
 
 void Plan::add(int group, py::handle param, const py::list& states, const py::object& step,
-               bool first_step, const py::object& cleared) {
+               std::optional<bool> first_step, const py::object& cleared) {
   release();
   Row row{.param = param.ptr(), .group = group, .kind = Kind::kUpdated};
-  const unsigned mask = mask_of(row);
-  row.first_step = first_step;
+  const unsigned mask = mask_of(row), variant = variant_of(row);
+  row.first_step = first_step.value_or(false);
+  row.goes_by_count = !first_step;
   row.cleared = cleared.is_none() ? nullptr : cleared.ptr();
   TensorView view;
   PyObject* const local = local_of(param.ptr());
   if (!is_plain(local) || !view_of(local, view) || !is_readable(view) || !is_compact(view)) {
     throw std::invalid_argument("the parameter's memory cannot be read");
   }
-  row.type = view.type;
+  row.types = {view.type, grad_type_of(param.ptr(), view.type), view.type};
   row.is_complex = view.is_complex;
   row.device = view.device;
   row.dims = view.dims;
   row.count = view.count();
-  row.layout = find_layout({view.type, view.type, view.type});
+  row.first = elements_;
   row.arrays.param = view.data;
   row.first_dim = dims_.size();
   dims_.insert(dims_.end(), view.shape, view.shape + view.dims);
   dims_.insert(dims_.end(), view.strides, view.strides + view.dims);
   row.first_state = state_tensors_.size();
-  if (states.size() != static_cast<std::size_t>(std::popcount(mask))) {
+  const unsigned extras = variant & ~kFlagMask;
+  const bool has_master = extras & (kMasterCopy | kMasterSplit), has_average = extras & kAverage;
+  if (states.size() != static_cast<std::size_t>(std::popcount(mask) + has_master + has_average)) {
     throw std::invalid_argument("there must be a tensor for each of the variant's states");
   }
   std::size_t given = 0;
-  for (int i = 0; i < kMaxStates; ++i) {
-    if (!(mask >> i & 1)) continue;
+  const auto take = [&] {
     const auto tensor = py::reinterpret_borrow<py::object>(
         local_of(static_cast<py::object>(states[given++]).ptr()));
     TensorView state;
     if (!is_plain(tensor.ptr()) || !view_of(tensor.ptr(), state) || !is_readable(state) ||
-        state.device != row.device || state.type != row.type ||
-        state.is_complex != row.is_complex || !same_memory_order(row, state)) {
+        state.device != row.device || state.is_complex != row.is_complex ||
+        !same_memory_order(row, state)) {
       throw std::invalid_argument("a state's memory is unlike its parameter's");
     }
-    row.arrays.state[i] = state.data;
     state_tensors_.add(tensor, state);
+    return state;
+  };
+  const auto expect = [](const TensorView& state, Stored type) {
+    if (state.type != type) throw std::invalid_argument("a state is of the wrong type");
+    return state.data;
+  };
+  bool has_states = false;
+  for (int i = 0; i < kMaxStates; ++i) {
+    if (!(mask >> i & 1)) continue;
+    const TensorView state = take();
+    if (!has_states) row.types.state = state.type;
+    has_states = true;
+    row.arrays.state[i] = expect(state, row.types.state);
   }
+  if (has_master) {
+    row.master = expect(take(), extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16);
+  }
+  if (has_average) {
+    const bool is_double = row.types.param == Stored::kFloat64;
+    row.average = expect(take(), is_double ? Stored::kFloat64 : Stored::kFloat32);
+  }
+  row.layout = find_layout(row.types);
+  const std::string why = refusal(rule_, variant, row.layout);
+  if (!why.empty()) throw std::invalid_argument(why);
   if (!step.is_none()) {
     TensorView counter;
     if (!is_plain(step.ptr()) || !view_of(step.ptr(), counter) || !is_readable(counter) ||
@@ -157,6 +211,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   }
   row.state_tensors = state_tensors_.size() - row.first_state;
   rows_.push_back(row);
+  elements_ += static_cast<std::uint32_t>(row.count / (row.is_complex ? 2 : 1));
 }
 
 void Plan::end(const py::dict& state) {
@@ -212,11 +267,12 @@ bool Plan::row_matches(Row& row, PyObject* param) {
   if (!is_plain(local_param) || !is_plain(local_grad)) return false;
   TensorView view;
   if (!view_of(local_param, view) || view.data != row.arrays.param || view.device != row.device ||
-      view.type != row.type || view.is_complex != row.is_complex || !same_memory_order(row, view)) {
+      view.type != row.types.param || view.is_complex != row.is_complex ||
+      !same_memory_order(row, view)) {
     return false;
   }
   row.param_hint = view.shape;
-  if (!view_of(local_grad, view) || view.device != row.device || view.type != row.type ||
+  if (!view_of(local_grad, view) || view.device != row.device || view.type != row.types.grad ||
       view.is_complex != row.is_complex || !same_memory_order(row, view) ||
       (!view.data && row.count > 0) || !is_aligned(view) ||
       is_unresolved(local_grad, view.is_complex)) {
@@ -269,21 +325,21 @@ bool Plan::states_in_place() const {
 }
 
 bool Plan::matches(const py::list& groups, const py::dict& state,
-                   const std::vector<unsigned>& flags) {
+                   const std::vector<unsigned>& variants) {
   release();
   const std::uint64_t turn = turn_;
-  const bool all = everything_matches(groups, state, flags);
+  const bool all = everything_matches(groups, state, variants);
   // Asking a tensor may let another thread go first, which then holds what this one found.
   if (running_ || turn != turn_) throw std::runtime_error(kInUse);
   return matched_ = all;
 }
 
 bool Plan::everything_matches(const py::list& groups, const py::dict& state,
-                              const std::vector<unsigned>& flags) {
+                              const std::vector<unsigned>& variants) {
   static PyObject* const kParams = name("params");
-  if (flags != flags_ || groups.size() != flags.size()) return false;
+  if (variants != variants_ || groups.size() != variants.size()) return false;
   std::size_t next = 0;
-  for (std::size_t group = 0; group < flags.size(); ++group) {
+  for (std::size_t group = 0; group < variants.size(); ++group) {
     PyObject* const options = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(group));
     if (!PyDict_Check(options)) return false;
     PyObject* params = PyDict_GetItemWithError(options, kParams);
@@ -299,8 +355,13 @@ bool Plan::everything_matches(const py::list& groups, const py::dict& state,
   return next == rows_.size() && state_matches(state) && states_in_place();
 }
 
-std::int64_t Plan::step_of(const Row& row) const {
-  if (!row.step) return row.first_step ? 1 : 2;
+std::int64_t Plan::step_of(const Row& row) {
+  if (!row.goes_by_count) return row.first_step ? 1 : 2;
+  return count_of(row);
+}
+
+std::int64_t Plan::count_of(const Row& row) {
+  if (!row.step) return 1;
   const double done = row.step_type == Stored::kFloat32
                           ? static_cast<double>(*static_cast<const float*>(row.step))
                           : *static_cast<const double*>(row.step);
@@ -311,21 +372,21 @@ std::int64_t Plan::step_of(const Row& row) const {
   return static_cast<std::int64_t>(done) + 1;
 }
 
-void Plan::append(const Row& row, const double* scalars) {
-  const Kernel kernel = find_kernel(rule_, flags_[static_cast<std::size_t>(row.group)], row.layout);
-  const int size = size_of(row.type);
-  void* const grad = const_cast<void*>(row.arrays.grad);
+void Plan::append(const Row& row, const Prepared& prepared) {
+  const unsigned variant = variant_of(row);
+  const Kernel kernel = find_kernel(rule_, variant, row.layout);
+  const bool clears = row.cleared != nullptr;
+  const Work work = {
+      row.arrays, prepared.scalars.data(), row.types, variant & ~kFlagMask, row.master, row.average,
+      row.first,  prepared.numbers};
   if (!segments_.empty()) {
     Segment& last = segments_.back();
-    const std::int64_t bytes = last.count * size;
-    if (last.kernel == kernel && last.scalars == scalars &&
-        (last.cleared != nullptr) == (row.cleared != nullptr) &&
-        adjoin(last.arrays, bytes, row.arrays)) {
+    if (last.kernel == kernel && last.clears == clears && adjoin(last.work, last.count, work)) {
       last.count += row.count;
       return;
     }
   }
-  segments_.push_back({row.arrays, row.count, kernel, scalars, row.cleared ? grad : nullptr, size});
+  segments_.push_back({work, row.count, kernel, clears});
 }
 
 py::list Plan::updated() const {
@@ -348,11 +409,9 @@ void Plan::append_to_batch(const Row& row) {
                         on_device ? 0 : step_of(row),
                         on_device ? row.step_type : Stored::kUnknown};
   Batch& batch = batches_[key];
-  const int size = size_of(row.type);
   if (!batch.rows.empty() && !on_device) {
     cuda::Row& last = batch.rows.back();
-    const std::int64_t bytes = last.count * size;
-    if (adjoin(last.arrays, bytes, row.arrays)) {
+    if (adjoin(last.arrays, last.count, row.arrays, row.types)) {
       last.count += row.count;
       batch.end = cuda::end_of(last);
       return;
@@ -383,7 +442,7 @@ void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
     launch.grad_scale = reinterpret_cast<const float*>(input.grad_scale);
     launch.found_inf = reinterpret_cast<const float*>(input.found_inf);
     auto& table = tables_.try_emplace({device, group_number, layout, clears}, device).first->second;
-    const int variant = rule_.first_variant + static_cast<int>(flags_[group]);
+    const int variant = rule_.first_variant + static_cast<int>(variants_[group]);
     cuda::run(device, reinterpret_cast<void*>(input.stream), layout, variant, launch, batch.rows,
               table);
   }
@@ -400,12 +459,44 @@ std::vector<int> Plan::devices() const {
   return devices;
 }
 
+double Plan::norm(bool largest, const std::vector<double>& others, int threads) {
+  if (!matched_) throw std::runtime_error("norm() must follow a call of matches() that said true");
+  std::vector<Gradient> gradients;
+  for (const Row& row : rows_) {
+    if (!row.active || row.kind != Kind::kUpdated) continue;
+    if (row.device != kCpu) throw std::invalid_argument("a gradient is on a GPU");
+    gradients.push_back({row.arrays.grad, row.types.grad, row.count});
+  }
+  threads = available_threads(threads);
+  std::vector<double> norms;
+  {
+    const Flag running(running_);
+    const py::gil_scoped_release others_may_run;
+    norms = run_norms(gradients, largest, threads);
+  }
+  const IeeeMode ieee;
+  auto own = norms.begin();
+  auto other = others.begin();
+  double total = 0;
+  for (const Row& row : rows_) {
+    if (!row.active) continue;
+    if (row.kind == Kind::kElsewhere && other == others.end()) {
+      throw std::invalid_argument("there must be a norm of each gradient that is elsewhere");
+    }
+    const double norm = row.kind == Kind::kUpdated ? *own++ : *other++;
+    total = largest ? maximum(total, norm) : total + norm;
+  }
+  return total;
+}
+
 void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
-                int threads, const std::map<int, DeviceInputs>& inputs) {
+                int threads, const std::map<int, DeviceInputs>& inputs,
+                const std::vector<ExtraInputs>& extras) {
   if (!matched_) throw std::runtime_error("step() must follow a call of matches() that said true");
   matched_ = false;
-  if (hyper.size() != flags_.size() || scales.size() != flags_.size()) {
-    throw std::invalid_argument("there must be hyper-parameters and a scale for each group");
+  if (hyper.size() != variants_.size() || scales.size() != variants_.size() ||
+      (!extras.empty() && extras.size() != variants_.size())) {
+    throw std::invalid_argument("there must be hyper-parameters, a scale and extras of each group");
   }
   for (const auto& values : hyper) {
     if (values.size() != rule_.hyper.size()) {
@@ -413,28 +504,31 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
     }
   }
   segments_.clear();
-  scalars_.clear();
+  prepared_.clear();
   batches_.clear();
   std::int64_t total = 0;
-  std::pair<int, std::int64_t> last = {-1, 0};
-  const double* scalars = nullptr;
+  std::tuple<int, std::int64_t, std::int64_t> last = {-1, 0, 0};
+  const Prepared* prepared = nullptr;
   for (const Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
     if (row.device != kCpu) {
       if (row.count > 0 || row.counts_on_device) append_to_batch(row);
       continue;
     }
-    const std::pair key = {row.group, step_of(row)};
+    const std::tuple key = {row.group, step_of(row), count_of(row)};
     if (key != last) {
       const auto group = static_cast<std::size_t>(row.group);
-      const auto [found, is_new] = scalars_.try_emplace(key);
+      const auto [found, is_new] = prepared_.try_emplace(key);
       if (is_new) {
-        found->second = rule_.prepare(hyper[group].data(), key.second, scales[group]);
+        const auto [index, step, count] = key;
+        const auto& [unscale, decay, seed] = extras.empty() ? ExtraInputs{} : extras[group];
+        found->second = {rule_.prepare(hyper[group].data(), step, scales[group]),
+                         prepare_extras(unscale, decay, seed, count)};
       }
-      scalars = found->second.data();
+      prepared = &found->second;
       last = key;
     }
-    if (row.count > 0) append(row, scalars);
+    if (row.count > 0) append(row, *prepared);
     total += row.count;
   }
   run_batches(hyper, scales, inputs);

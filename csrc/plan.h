@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -23,6 +24,13 @@ struct DeviceInputs {
   std::vector<std::vector<std::pair<std::uintptr_t, bool>>> numbers;
 };
 
+// What a group's extras take: the factor of a gradient that is stored back, the decay of averages,
+// the seed of chance.
+struct ExtraInputs {
+  double unscale = 1, average_decay = 0;
+  std::uint64_t seed = 0;
+};
+
 // Rows stand in the order of the parameter groups. Parameters are known by address and looked up
 // in the live groups at every step; they and their gradients are held only while an update runs.
 class Plan {
@@ -32,28 +40,41 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release(); }
 
-  // Empties the table. flags holds each group's variant.
-  void begin(const std::vector<unsigned>& flags);
-  // A parameter that is updated elsewhere, or (without_gradient) that must have none to be skipped.
-  void add_other(int group, pybind11::handle param, bool without_gradient);
-  // A parameter that this plan updates. states: a tensor for each of the variant's states. step: a
-  // 0-dim float tensor that counts, or None: then first_step says whether none has been made.
+  // Empties the table. variants: of each group, the rule's flags and the extras. first: the number
+  // of the first element, for chance.
+  void begin(const std::vector<unsigned>& variants, std::uint32_t first);
+  // A parameter of so many elements that is updated elsewhere, or (without_gradient) that must have
+  // none to be skipped.
+  void add_other(int group, pybind11::handle param, std::int64_t count, bool without_gradient);
+  // A parameter that this plan updates. states: a tensor for each of the variant's states, its
+  // master and its average, those that there are. step: a 0-dim float tensor that counts, or None.
+  // first_step: whether none has been made, or None where the rule goes by the count.
   // cleared: the gradient that the step is to set to zero, which the caller keeps, or None.
   void add(int group, pybind11::handle param, const pybind11::list& states,
-           const pybind11::object& step, bool first_step, const pybind11::object& cleared);
+           const pybind11::object& step, std::optional<bool> first_step,
+           const pybind11::object& cleared);
   void end(const pybind11::dict& state);
 
   // Whether the table is still true of the live objects. Takes hold of the gradients if it is.
   bool matches(const pybind11::list& groups, const pybind11::dict& state,
-               const std::vector<unsigned>& flags);
+               const std::vector<unsigned>& variants);
 
   // The parameters that step() will update; matches() has just said true.
   pybind11::list updated() const;
 
+  // The sum of squares, or (largest) the largest magnitude, of all gradients; matches() has just
+  // said true. others: the same of each parameter that has one and is updated elsewhere.
+  double norm(bool largest, const std::vector<double>& others, int threads);
+
   // One update of all rows whose parameter has a gradient; matches() has just said true. inputs:
   // for each GPU with rows, what is read there. Those updates are under way when this returns.
+  // extras: of each group, or none where no group has any.
   void step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
-            int threads, const std::map<int, DeviceInputs>& inputs);
+            int threads, const std::map<int, DeviceInputs>& inputs,
+            const std::vector<ExtraInputs>& extras);
+
+  // Lets go of the gradients: what matches() found may no longer be true.
+  void release();
 
   // The devices of the rows: GPUs by their numbers, and kCpu.
   std::vector<int> devices() const;
@@ -71,7 +92,8 @@ class Plan {
     bool active = false;
     PyObject* cleared = nullptr;
     int layout = 0;
-    Stored type = Stored::kUnknown;
+    Types types = {Stored::kUnknown, Stored::kUnknown, Stored::kUnknown};
+    std::uint32_t first = 0;  // of the numbers of its elements among all parameters'
     bool is_complex = false;
     int device = kCpu;
     int dims = 0;
@@ -80,12 +102,19 @@ class Plan {
     std::size_t first_state = 0, state_tensors = 0;
     std::int64_t count = 0;
     Arrays arrays = {};
+    void *master = nullptr, *average = nullptr;
     // Where torch's objects were when last seen: good enough to prefetch, never to read.
     const void *param_hint = nullptr, *grad = nullptr, *grad_hint = nullptr;
     void* step = nullptr;  // where torch's state counts
     Stored step_type = Stored::kUnknown;
     bool counts_on_device = false;
-    bool first_step = false;
+    bool first_step = false, goes_by_count = false;
+  };
+
+  // What the rows of a group with one count of steps have in common.
+  struct Prepared {
+    Scalars scalars;
+    ExtraNumbers numbers;
   };
 
   // Rows on a GPU that one launch updates: of a device, a group, a layout, whether gradients are
@@ -102,25 +131,26 @@ class Plan {
     const void* keys_hint;  // of the dict
   };
 
+  unsigned variant_of(const Row& row) const;
   unsigned mask_of(const Row& row) const;  // the states that its variant uses
   void prefetch_row(std::size_t at) const;
   static void prefetch_entry(const StateEntry& entry);
   bool everything_matches(const pybind11::list& groups, const pybind11::dict& state,
-                          const std::vector<unsigned>& flags);
+                          const std::vector<unsigned>& variants);
   bool row_matches(Row& row, PyObject* param);
   bool same_memory_order(const Row& row, const TensorView& view) const;
   bool state_matches(const pybind11::dict& state) const;
   bool states_in_place() const;
-  std::int64_t step_of(const Row& row) const;
-  void append(const Row& row, const double* scalars);
+  static std::int64_t count_of(const Row& row);  // of its step, from 1
+  static std::int64_t step_of(const Row& row);   // as the rule sees it
+  void append(const Row& row, const Prepared& prepared);
   void append_to_batch(const Row& row);
   void run_batches(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
                    const std::map<int, DeviceInputs>& inputs);
-  // Lets go of the gradients: what matches() found may no longer be true.
-  void release();
 
   const RuleInfo& rule_;
-  std::vector<unsigned> flags_;
+  std::vector<unsigned> variants_;  // of each group: the rule's flags, and extras
+  std::uint32_t elements_ = 0;      // of the rows so far
   std::vector<Row> rows_;
   std::vector<std::int64_t> dims_;
   HeldTensors state_tensors_;              // of each row, in the rule's order, then its step
@@ -128,7 +158,7 @@ class Plan {
   std::vector<pybind11::object> state_values_;
   std::vector<PyObject*> held_;
   std::vector<Segment> segments_;
-  std::map<std::pair<int, std::int64_t>, Scalars> scalars_;
+  std::map<std::tuple<int, std::int64_t, std::int64_t>, Prepared> prepared_;
   std::map<BatchKey, Batch> batches_;
   std::map<std::tuple<int, int, int, bool>, cuda::Table> tables_;  // by the first of a key
   std::uint64_t turn_ = 0;  // of those who ask, so that one notices another in between

@@ -1,5 +1,7 @@
 #include "registry.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
@@ -56,21 +58,19 @@ constexpr Stored stored() {
 }
 
 template <class... Layout>
-std::vector<LayoutInfo> describe_all_layouts(List<Layout...>) {
-  return {{stored<typename Layout::Param>(), stored<typename Layout::Grad>(),
-           stored<typename Layout::State>()}...};
+std::vector<Types> describe_all_layouts(List<Layout...>) {
+  std::vector<Types> all = {{stored<typename Layout::Param>(), stored<typename Layout::Grad>(),
+                             stored<typename Layout::State>()}...};
+  all.insert(all.end(), std::begin(kMixedLayouts), std::end(kMixedLayouts));
+  return all;
 }
 
 }  // namespace
 
 const char* name_of(Stored type) {
-  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16", "unknown"};
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16",
+                                    "float16", "int16",   "unknown"};
   return kNames[static_cast<int>(type)];
-}
-
-int size_of(Stored type) {
-  constexpr int kSizes[] = {4, 8, 2, 2, 0};
-  return kSizes[static_cast<int>(type)];
 }
 
 const std::vector<RuleInfo>& rules() {
@@ -78,9 +78,9 @@ const std::vector<RuleInfo>& rules() {
   return *infos;
 }
 
-const std::vector<LayoutInfo>& layouts() {
-  static const auto* infos = new std::vector<LayoutInfo>(describe_all_layouts(Layouts{}));
-  return *infos;
+const std::vector<Types>& layouts() {
+  static const auto* all = new std::vector<Types>(describe_all_layouts(Layouts{}));
+  return *all;
 }
 
 const RuleInfo& find_rule(const std::string& name) {
@@ -92,19 +92,38 @@ const RuleInfo& find_rule(const std::string& name) {
   throw std::invalid_argument("no rule '" + name + "'; there are: " + names);
 }
 
-int find_layout(const LayoutInfo& layout) {
-  int at = 0;
-  for (const LayoutInfo& known : layouts()) {
-    if (known.param == layout.param && known.grad == layout.grad && known.state == layout.state) {
-      return at;
-    }
-    ++at;
-  }
-  return -1;
+int find_layout(const Types& types) {
+  const auto found = std::find(layouts().begin(), layouts().end(), types);
+  return found == layouts().end() ? -1 : static_cast<int>(found - layouts().begin());
 }
 
-Kernel find_kernel(const RuleInfo& rule, unsigned flags, int layout) {
-  return current_isa().kernels[layout * kVariants + rule.first_variant + static_cast<int>(flags)];
+std::string refusal(const RuleInfo& rule, unsigned variant, int layout) {
+  const unsigned flags = variant & kFlagMask, extras = variant & ~kFlagMask;
+  if (flags >= rule.allowed.size() || !rule.allowed[flags] || extras & ~kExtraMask) {
+    return "rule '" + rule.name + "' has no variant " + std::to_string(variant);
+  }
+  if (layout < 0 || layout >= static_cast<int>(layouts().size())) return "no such layout";
+  const Stored param = layouts()[static_cast<std::size_t>(layout)].param;
+  if (extras & kMasterCopy && param != Stored::kBFloat16 && param != Stored::kFloat16) {
+    return "only 16-bit parameters have a master copy";
+  }
+  if (extras & (kMasterSplit | kStochastic) && param != Stored::kBFloat16) {
+    return "only bfloat16 parameters have a split master or are rounded by chance";
+  }
+  if (std::popcount(extras & (kMasterCopy | kMasterSplit | kStochastic)) > 1) {
+    return "a master copy, a split master and chance exclude each other";
+  }
+  return "";
+}
+
+Kernel find_kernel(const RuleInfo& rule, unsigned variant, int layout) {
+  const int at = rule.first_variant + static_cast<int>(variant & kFlagMask);
+  const KernelTables& tables = *current_isa().tables;
+  if (layout < Layouts::kCount && !(variant & kExtraMask)) {
+    return tables.kernels[layout * kVariants + at];
+  }
+  const bool in_double = layouts()[static_cast<std::size_t>(layout)].param == Stored::kFloat64;
+  return tables.mixed[(in_double ? kVariants : 0) + at];
 }
 
 }  // namespace flatstep

@@ -20,24 +20,21 @@ struct RuleInfo {
   Scalars (*prepare)(const double* hyper, std::int64_t step, double scale);
 };
 
-// The types that memory can hold, by the names that torch gives them.
-enum class Stored { kFloat32, kFloat64, kBFloat16, kFloat16, kUnknown };
 const char* name_of(Stored type);
-int size_of(Stored type);
-
-struct LayoutInfo {
-  Stored param, grad, state;
-};
 
 const std::vector<RuleInfo>& rules();
-const std::vector<LayoutInfo>& layouts();
+// First those with kernels of their own, then the mixed ones.
+const std::vector<Types>& layouts();
 
 // Throws std::invalid_argument with the names that exist.
 const RuleInfo& find_rule(const std::string& name);
 // The place in layouts(), or -1.
-int find_layout(const LayoutInfo& layout);
+int find_layout(const Types& types);
 
-// The kernel of the instruction set in use. flags must be allowed.
-Kernel find_kernel(const RuleInfo& rule, unsigned flags, int layout);
+// Why there is no such variant (a rule's flags and extras) in a layout; empty where there is.
+std::string refusal(const RuleInfo& rule, unsigned variant, int layout);
+
+// The kernel of the instruction set in use, for a variant that is not refused.
+Kernel find_kernel(const RuleInfo& rule, unsigned variant, int layout);
 
 }  // namespace flatstep

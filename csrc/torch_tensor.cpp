@@ -35,7 +35,7 @@ struct ExchangeTable {
   void* current_work_stream;
 };
 
-enum DLCode : std::uint8_t { kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
+enum DLCode : std::uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
 constexpr std::int32_t kDLCpu = 1, kDLCuda = 2;
 
 struct Torch {
@@ -98,6 +98,7 @@ Stored stored_of(int code, int bits) {
   if (code == kDLFloat && bits == 64) return Stored::kFloat64;
   if (code == kDLFloat && bits == 16) return Stored::kFloat16;
   if (code == kDLBfloat && bits == 16) return Stored::kBFloat16;
+  if (code == kDLInt && bits == 16) return Stored::kInt16;
   return Stored::kUnknown;
 }
 
@@ -125,8 +126,8 @@ bool view_by_attributes(PyObject* object, TensorView& view) {
     const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
     view.is_complex = dtype == "torch.complex64" || dtype == "torch.complex128";
     view.type = Stored::kUnknown;
-    for (const Stored type :
-         {Stored::kFloat32, Stored::kFloat64, Stored::kBFloat16, Stored::kFloat16}) {
+    for (const Stored type : {Stored::kFloat32, Stored::kFloat64, Stored::kBFloat16,
+                              Stored::kFloat16, Stored::kInt16}) {
       if (dtype == std::string("torch.") + name_of(type)) view.type = type;
     }
     if (dtype == "torch.complex64") view.type = Stored::kFloat32;

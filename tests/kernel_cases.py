@@ -24,7 +24,9 @@ STORED = {
 BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 MANTISSA = {"float32": 23, "float64": 52, "bfloat16": 7, "float16": 10}
 
-LAYOUTS = {param: index for index, (param, _, _) in enumerate(_core.layouts())}
+LAYOUTS = {
+    param: index for index, (param, *others) in enumerate(_core.layouts()) if {param} == {*others}
+}
 DTYPES = tuple(LAYOUTS)
 ISAS = tuple(name for name, supported in _core.isas() if supported)
 

@@ -48,9 +48,9 @@ def test_updates_go_through_the_gpu_s_loop() -> None:
     give_gradients(params, 0)
     opt = flatstep.Adam(params)
     opt.step()
-    assert opt._plan is not None
-    assert opt._plan.devices() == [0]
-    assert opt._plan.segments == 0
+    assert opt._table is not None
+    assert opt._table.plan.devices() == [0]
+    assert opt._table.plan.segments == 0
 
 
 @rich

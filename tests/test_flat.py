@@ -209,10 +209,10 @@ def test_a_model_of_full_lines_is_one_segment() -> None:
     FlatBuffer([params[0], frozen, *params[1:]])
     opt = flatstep.Adam([params[0], frozen, *params[1:]])
     opt.step()
-    assert opt._plan.segments == 1
+    assert opt._table.plan.segments == 1
     opt.add_param_group({"params": parameters(shapes=[(16,)]), "lr": 0.5})
     train(opt, [0])
-    assert opt._plan.segments > 1
+    assert opt._table.plan.segments > 1
 
 
 def test_states_made_before_the_buffer_are_one_segment_after_it() -> None:
@@ -221,7 +221,7 @@ def test_states_made_before_the_buffer_are_one_segment_after_it() -> None:
     train(opt, [0])
     FlatBuffer(params)
     opt.step()
-    assert opt._plan.segments == 1
+    assert opt._table.plan.segments == 1
 
 
 # ---- training

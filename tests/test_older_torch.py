@@ -32,5 +32,5 @@ def test_an_older_torch_gives_the_same_bits(
     request.getfixturevalue("_older_torch")
     opt = case.ours(copies)
     train(opt, range(3))
-    assert not opt._others
+    assert not opt._table.others
     assert all(same_bits(p.detach(), q.detach()) for p, q in zip(params, copies, strict=True))

@@ -60,11 +60,17 @@ def without_params(opt: Optimizer) -> list[dict[str, Any]]:
 
 @every_rule
 def test_signature_is_torchs(rule: str) -> None:
+    """What torch does not have comes after it, by keyword only."""
+
     def shape(library: Any) -> list[Any]:
         signature = inspect.signature(getattr(library, rule))
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
-    assert shape(flatstep) == shape(torch.optim)
+    ours, theirs = shape(flatstep), shape(torch.optim)
+    assert ours[: len(theirs)] == theirs
+    further = ["options"] if rule != "RMSprop" else ["fused", "options"]
+    assert [name for name, _, _ in ours[len(theirs) :]] == further
+    assert all(kind.name in ("KEYWORD_ONLY", "VAR_KEYWORD") for _, kind, _ in ours[len(theirs) :])
 
 
 @every_rule

@@ -1,4 +1,4 @@
-// The loop over memory, compiled once per instruction set: loads, one rule's update, stores.
+// The loop over arrays of known types: loads, one rule's update, stores.
 //
 // It knows no optimizer. A Target names the value types; it lives in an unnamed namespace of its
 // file, so that no symbol of one instruction set can stand in for another's when the linker merges
@@ -20,6 +20,17 @@ inline constexpr std::int64_t kPrefetchBytes = 512;
 
 FLATSTEP_INLINE void prefetch(const void* at) {
   __builtin_prefetch(static_cast<const char*>(at) + kPrefetchBytes);
+}
+
+// Rounded once from the host's double, then the same in every lane.
+template <class Rule, class V, class T>
+FLATSTEP_INLINE typename Rule::template Scalars<V> round_scalars(const double* prepared) {
+  typename Rule::template Scalars<V> k;
+  V values[sizeof k / sizeof(V)];
+  int next = 0;
+  for (V& value : values) value = Lanes<V>::all(static_cast<T>(prepared[next++]));
+  __builtin_memcpy(&k, values, sizeof k);
+  return k;
 }
 
 template <class Target, class Rule, unsigned kFlags, class Layout>
@@ -74,19 +85,12 @@ struct Loop {
     }
   }
 
-  static void run(const Arrays& arrays, std::int64_t begin, std::int64_t end,
-                  const double* prepared) {
-    // Rounded once from the host's double, then the same in every lane.
-    V values[sizeof(Scalars) / sizeof(V)];
-    int next = 0;
-    for (V& value : values) value = Lanes<V>::all(static_cast<T>(prepared[next++]));
-    Scalars k;
-    __builtin_memcpy(&k, values, sizeof k);
-
-    P* const p = static_cast<P*>(arrays.param);
-    const G* const g = static_cast<const G*>(arrays.grad);
+  static void run(const Work& work, std::int64_t begin, std::int64_t end) {
+    const Scalars k = round_scalars<Rule, V, T>(work.scalars);
+    P* const p = static_cast<P*>(work.arrays.param);
+    const G* const g = static_cast<const G*>(work.arrays.grad);
     S* s[kStates];
-    for (int i = 0; i < kStates; ++i) s[i] = static_cast<S*>(arrays.state[i]);
+    for (int i = 0; i < kStates; ++i) s[i] = static_cast<S*>(work.arrays.state[i]);
 
     std::int64_t at = begin;
 #pragma GCC ivdep
@@ -107,79 +111,5 @@ struct Loop {
     }
   }
 };
-
-struct KernelTable {
-  Kernel kernels[Layouts::kCount * kVariants];
-};
-
-template <class Target>
-class KernelTableMaker {
- public:
-  static constexpr KernelTable make() {
-    KernelTableMaker maker;
-    maker.add_layouts(Layouts{});
-    return maker.table_;
-  }
-
- private:
-  template <class... Layout>
-  constexpr void add_layouts(List<Layout...>) {
-    (add_rules<Layout>(Rules{}), ...);
-  }
-
-  template <class Layout, class... Rule>
-  constexpr void add_rules(List<Rule...>) {
-    (add_flags<Layout, Rule, 0>(), ...);
-  }
-
-  template <class Layout, class Rule, unsigned kFlags>
-  constexpr void add_flags() {
-    if constexpr (kFlags < Rule::kFlagEnd) {
-      Kernel& kernel = table_.kernels[next_++];
-      if constexpr (Rule::allows(kFlags)) kernel = &Loop<Target, Rule, kFlags, Layout>::run;
-      add_flags<Layout, Rule, kFlags + 1>();
-    }
-  }
-
-  KernelTable table_ = {};
-  int next_ = 0;
-};
-
-template <class Target, int kRead, int kWritten>
-void move_streams(float* const* streams, std::int64_t begin, std::int64_t end) {
-  using V = typename Target::template Value<float>;
-  constexpr int kLanes = Lanes<V>::kCount;
-  for (std::int64_t at = begin; at + kLanes <= end; at += kLanes) {
-    V sum = Lanes<V>::all(0);
-    for (int i = 0; i < kRead; ++i) {
-      prefetch(streams[i] + at);
-      sum = sum + Lanes<V>::load(streams[i] + at);
-    }
-    for (int i = 0; i < kWritten; ++i) Lanes<V>::store(streams[i] + at, sum);
-  }
-}
-
-struct TrafficTable {
-  Traffic traffic[(kMaxStreams + 1) * (kMaxStreams + 1)];
-};
-
-template <class Target, int kRead = 1, int kWritten = 1>
-constexpr void add_traffic(TrafficTable& table) {
-  if constexpr (kRead <= kMaxStreams) {
-    table.traffic[kRead * (kMaxStreams + 1) + kWritten] = &move_streams<Target, kRead, kWritten>;
-    if constexpr (kWritten < kRead) {
-      add_traffic<Target, kRead, kWritten + 1>(table);
-    } else {
-      add_traffic<Target, kRead + 1, 1>(table);
-    }
-  }
-}
-
-template <class Target>
-constexpr TrafficTable make_traffic() {
-  TrafficTable table = {};
-  add_traffic<Target>(table);
-  return table;
-}
 
 }  // namespace flatstep

@@ -1,5 +1,5 @@
 // The kernels for AVX2 with F16C.
-#include "cpu/kernel.h"
+#include "cpu/tables.h"
 #include "vec/avx2.h"
 
 namespace flatstep {
@@ -11,12 +11,11 @@ struct Target {
   using AllBFloat16 = Pair<avx2::F32>;
 };
 
-constexpr KernelTable kKernels = KernelTableMaker<Target>::make();
-constexpr TrafficTable kTraffic = make_traffic<Target>();
+constexpr KernelTables kTables = TablesMaker<Target>::make();
 
 }  // namespace
 
 extern const Isa kAvx2;
-constinit const Isa kAvx2 = {"avx2", &supports_avx2, kKernels.kernels, kTraffic.traffic};
+constinit const Isa kAvx2 = {"avx2", &supports_avx2, &kTables};
 
 }  // namespace flatstep

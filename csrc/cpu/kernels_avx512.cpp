@@ -1,5 +1,5 @@
 // The kernels for AVX-512.
-#include "cpu/kernel.h"
+#include "cpu/tables.h"
 #include "vec/avx512.h"
 
 namespace flatstep {
@@ -11,12 +11,11 @@ struct Target {
   using AllBFloat16 = Pair<avx512::F32>;
 };
 
-constexpr KernelTable kKernels = KernelTableMaker<Target>::make();
-constexpr TrafficTable kTraffic = make_traffic<Target>();
+constexpr KernelTables kTables = TablesMaker<Target>::make();
 
 }  // namespace
 
 extern const Isa kAvx512;
-constinit const Isa kAvx512 = {"avx512", &supports_avx512, kKernels.kernels, kTraffic.traffic};
+constinit const Isa kAvx512 = {"avx512", &supports_avx512, &kTables};
 
 }  // namespace flatstep

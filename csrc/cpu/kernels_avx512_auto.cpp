@@ -1,5 +1,5 @@
 // The yardstick for AVX-512: the scalar loop, vectorised by the compiler with the set's flags.
-#include "cpu/kernel.h"
+#include "cpu/tables.h"
 #include "vec/scalar.h"
 
 namespace flatstep {
@@ -11,13 +11,11 @@ struct Target {
   using AllBFloat16 = float;
 };
 
-constexpr KernelTable kKernels = KernelTableMaker<Target>::make();
-constexpr TrafficTable kTraffic = make_traffic<Target>();
+constexpr KernelTables kTables = TablesMaker<Target>::make();
 
 }  // namespace
 
 extern const Isa kAvx512Auto;
-constinit const Isa kAvx512Auto = {"avx512-auto", &supports_avx512, kKernels.kernels,
-                                   kTraffic.traffic};
+constinit const Isa kAvx512Auto = {"avx512-auto", &supports_avx512, &kTables};
 
 }  // namespace flatstep

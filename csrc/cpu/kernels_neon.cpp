@@ -1,5 +1,5 @@
 // The kernels for NEON.
-#include "cpu/kernel.h"
+#include "cpu/tables.h"
 #include "vec/neon.h"
 
 namespace flatstep {
@@ -11,12 +11,11 @@ struct Target {
   using AllBFloat16 = Pair<neon::F32>;
 };
 
-constexpr KernelTable kKernels = KernelTableMaker<Target>::make();
-constexpr TrafficTable kTraffic = make_traffic<Target>();
+constexpr KernelTables kTables = TablesMaker<Target>::make();
 
 }  // namespace
 
 extern const Isa kNeon;
-constinit const Isa kNeon = {"neon", &always_supported, kKernels.kernels, kTraffic.traffic};
+constinit const Isa kNeon = {"neon", &always_supported, &kTables};
 
 }  // namespace flatstep

@@ -1,5 +1,5 @@
 // The kernels for any processor: one lane at a time, as the rules are written.
-#include "cpu/kernel.h"
+#include "cpu/tables.h"
 #include "vec/scalar.h"
 
 namespace flatstep {
@@ -11,12 +11,11 @@ struct Target {
   using AllBFloat16 = float;
 };
 
-constexpr KernelTable kKernels = KernelTableMaker<Target>::make();
-constexpr TrafficTable kTraffic = make_traffic<Target>();
+constexpr KernelTables kTables = TablesMaker<Target>::make();
 
 }  // namespace
 
 extern const Isa kScalar;
-constinit const Isa kScalar = {"scalar", &always_supported, kKernels.kernels, kTraffic.traffic};
+constinit const Isa kScalar = {"scalar", &always_supported, &kTables};
 
 }  // namespace flatstep

@@ -15,13 +15,19 @@ constexpr std::int64_t kCut = 64;
 constexpr std::int64_t kClearBlock = 2048;
 
 void run_part(const Segment& segment, std::int64_t begin, std::int64_t end) {
-  if (!segment.cleared) return segment.kernel(segment.arrays, begin, end, segment.scalars);
+  if (!segment.clears) return segment.kernel(segment.work, begin, end);
+  auto* const grad = static_cast<char*>(const_cast<void*>(segment.work.arrays.grad));
+  const int size = size_of(segment.work.types.grad);
   for (std::int64_t at = begin; at < end; at += kClearBlock) {
     const std::int64_t stop = std::min(at + kClearBlock, end);
-    segment.kernel(segment.arrays, at, stop, segment.scalars);
-    std::memset(static_cast<char*>(segment.cleared) + at * segment.cleared_size, 0,
-                static_cast<std::size_t>((stop - at) * segment.cleared_size));
+    segment.kernel(segment.work, at, stop);
+    std::memset(grad + at * size, 0, static_cast<std::size_t>((stop - at) * size));
   }
+}
+
+// Where one of so many equal shares of a total begins.
+std::int64_t bound(std::int64_t total, int shares, int index) {
+  return total / shares * index + total % shares * index / shares;
 }
 
 struct Shares {
@@ -29,13 +35,9 @@ struct Shares {
   std::int64_t total;
   int count;
 
-  std::int64_t bound(int index) const {
-    return total / count * index + total % count * index / count;
-  }
-
   void run(int index) const {
     const IeeeMode ieee;
-    const std::int64_t begin = bound(index), end = bound(index + 1);
+    const std::int64_t begin = bound(total, count, index), end = bound(total, count, index + 1);
     std::int64_t start = 0;  // of the segment, in elements of the whole update
     for (const Segment& segment : segments) {
       if (start >= end) break;
@@ -48,6 +50,29 @@ struct Shares {
   static std::int64_t cut(const Segment& segment, std::int64_t at) {
     if (at <= 0) return 0;
     return at >= segment.count ? segment.count : at / kCut * kCut;
+  }
+};
+
+struct NormShares {
+  const std::vector<Gradient>& gradients;
+  TileNorms norms;
+  bool largest;
+  std::vector<std::int64_t> first;  // tile of each gradient, and the end
+  std::vector<double> tiles;
+  int count;
+
+  void run(int index) {
+    const IeeeMode ieee;
+    const std::int64_t begin = bound(first.back(), count, index);
+    const std::int64_t end = bound(first.back(), count, index + 1);
+    const auto after = std::upper_bound(first.begin(), first.end(), begin);
+    for (auto i = static_cast<std::size_t>(after - first.begin() - 1); i < gradients.size(); ++i) {
+      const std::int64_t from = std::max(begin, first[i]), to = std::min(end, first[i + 1]);
+      if (from >= to && first[i] >= end) break;
+      const Gradient& gradient = gradients[i];
+      norms(gradient.data, gradient.type, gradient.count, from - first[i], to - first[i], largest,
+            tiles.data() + from);
+    }
   }
 };
 
@@ -67,6 +92,31 @@ void run_update(const std::vector<Segment>& segments, int threads) {
       &shares);
 }
 
+std::vector<double> run_norms(const std::vector<Gradient>& gradients, bool largest, int threads) {
+  NormShares shares{gradients, current_isa().tables->norms, largest, {0}, {}, 1};
+  std::int64_t total = 0;
+  for (const Gradient& gradient : gradients) {
+    shares.first.push_back(shares.first.back() + (gradient.count + kNormTile - 1) / kNormTile);
+    total += gradient.count;
+  }
+  shares.tiles.resize(static_cast<std::size_t>(shares.first.back()));
+  shares.count = useful_threads(total, threads);
+  run_on_threads(
+      shares.count, [](int index, void* context) { static_cast<NormShares*>(context)->run(index); },
+      &shares);
+  const IeeeMode ieee;
+  std::vector<double> norms;
+  for (std::size_t i = 0; i < gradients.size(); ++i) {
+    double norm = 0;
+    for (std::int64_t at = shares.first[i]; at < shares.first[i + 1]; ++at) {
+      const double tile = shares.tiles[static_cast<std::size_t>(at)];
+      norm = largest ? maximum(norm, tile) : norm + tile;
+    }
+    norms.push_back(norm);
+  }
+  return norms;
+}
+
 void run_traffic(const std::vector<float*>& streams, int written, std::int64_t count, int threads) {
   struct Task {
     float* const* streams;
@@ -79,7 +129,8 @@ void run_traffic(const std::vector<float*>& streams, int written, std::int64_t c
     }
   };
   const std::size_t at = streams.size() * (kMaxStreams + 1) + static_cast<std::size_t>(written);
-  Task all{streams.data(), current_isa().traffic[at], count / kCut, useful_threads(count, threads)};
+  Task all{streams.data(), current_isa().tables->traffic[at], count / kCut,
+           useful_threads(count, threads)};
   run_on_threads(
       all.shares, [](int index, void* context) { static_cast<Task*>(context)->run(index); }, &all);
 }

@@ -9,18 +9,25 @@
 namespace flatstep {
 
 struct Segment {
-  Arrays arrays;
+  Work work;
   std::int64_t count;  // elements
   Kernel kernel;
-  const double* scalars;  // as the rule prepared them
-  void* cleared;          // the gradient to set to zero behind the update, or null
-  int cleared_size;       // bytes in an element of it
+  bool clears;  // sets the gradient to zero behind the update
+};
+
+struct Gradient {
+  const void* data;
+  Stored type;
+  std::int64_t count;  // elements
 };
 
 // A step of fewer elements than this stays on the calling thread.
 inline constexpr std::int64_t kElementsPerThread = 1 << 15;
 
 void run_update(const std::vector<Segment>& segments, int threads);
+
+// Of each gradient the sum of squares, or (largest) the largest magnitude; NaN where one is in it.
+std::vector<double> run_norms(const std::vector<Gradient>& gradients, bool largest, int threads);
 
 // Moves count floats of each stream through memory as an update would; the floats should be zero.
 void run_traffic(const std::vector<float*>& streams, int written, std::int64_t count, int threads);

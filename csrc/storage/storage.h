@@ -13,6 +13,14 @@
 
 namespace flatstep {
 
+// The types that memory can hold, by the names that torch gives them.
+enum class Stored { kFloat32, kFloat64, kBFloat16, kFloat16, kInt16, kUnknown };
+
+FLATSTEP_INLINE constexpr int size_of(Stored type) {
+  constexpr int kSizes[] = {4, 8, 2, 2, 2, 0};
+  return kSizes[static_cast<int>(type)];
+}
+
 struct BFloat16 {
   std::uint16_t bits;
 };

@@ -31,6 +31,32 @@ FLATSTEP_INLINE F32 snap(F32 a) {
   return {_mm256_andnot_ps(_mm256_castsi256_ps(zero), a.x)};
 }
 
+struct U32 {
+  __m256i x;
+};
+
+FLATSTEP_INLINE U32 operator+(U32 a, U32 b) { return {_mm256_add_epi32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator-(U32 a, U32 b) { return {_mm256_sub_epi32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator*(U32 a, U32 b) { return {_mm256_mullo_epi32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator&(U32 a, U32 b) { return {_mm256_and_si256(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator|(U32 a, U32 b) { return {_mm256_or_si256(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator^(U32 a, U32 b) { return {_mm256_xor_si256(a.x, b.x)}; }
+template <int kBits>
+FLATSTEP_INLINE U32 shift_left(U32 a) {
+  return {_mm256_slli_epi32(a.x, kBits)};
+}
+template <int kBits>
+FLATSTEP_INLINE U32 shift_right(U32 a) {
+  return {_mm256_srli_epi32(a.x, kBits)};
+}
+FLATSTEP_INLINE U32 equal(U32 a, U32 b) { return {_mm256_cmpeq_epi32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 bits_of(F32 a) { return {_mm256_castps_si256(a.x)}; }
+FLATSTEP_INLINE F32 float_of(U32 a) { return {_mm256_castsi256_ps(a.x)}; }
+FLATSTEP_INLINE U32 where_nan(F32 a, U32 then, U32 otherwise) {
+  const __m256 nan = _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q);
+  return {_mm256_blendv_epi8(otherwise.x, then.x, _mm256_castps_si256(nan))};
+}
+
 struct F64 {
   __m256d x;
 };
@@ -92,12 +118,44 @@ struct Lanes<avx2::F32> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), result);
   }
   FLATSTEP_INLINE static avx2::F32 all(float x) { return {_mm256_set1_ps(x)}; }
+
+  using Bits = avx2::U32;
+  FLATSTEP_INLINE static Bits load_halves(const std::uint16_t* from) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+  }
+  // The lanes hold no more than 16 bits, so that the saturation of the packing does nothing.
+  FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
+    const __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(a.x), _mm256_extracti128_si256(a.x, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+  }
+  FLATSTEP_INLINE static Bits load_bits(const void* from) {
+    return {_mm256_loadu_si256(static_cast<const __m256i*>(from))};
+  }
+  FLATSTEP_INLINE static void store_bits(void* to, Bits a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), a.x);
+  }
+  FLATSTEP_INLINE static Bits all_bits(std::uint32_t x) {
+    return {_mm256_set1_epi32(static_cast<int>(x))};
+  }
+  FLATSTEP_INLINE static Bits count_up() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 };
 
 template <>
 struct Lanes<avx2::F64> {
   static constexpr int kCount = 4;
   FLATSTEP_INLINE static avx2::F64 load(const double* from) { return {_mm256_loadu_pd(from)}; }
+  FLATSTEP_INLINE static avx2::F64 load(const float* from) {
+    return {_mm256_cvtps_pd(_mm_loadu_ps(from))};
+  }
+  FLATSTEP_INLINE static avx2::F64 load(const BFloat16* from) {
+    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    const __m128i bits = _mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16);
+    return {_mm256_cvtps_pd(_mm_castsi128_ps(bits))};
+  }
+  FLATSTEP_INLINE static avx2::F64 load(const Float16* from) {
+    return {_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))))};
+  }
   FLATSTEP_INLINE static void store(double* to, avx2::F64 a) { _mm256_storeu_pd(to, a.x); }
   FLATSTEP_INLINE static avx2::F64 all(double x) { return {_mm256_set1_pd(x)}; }
 };

@@ -33,6 +33,33 @@ FLATSTEP_INLINE F32 snap(F32 a) {
   return {_mm512_maskz_mov_ps(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)), a.x)};
 }
 
+struct U32 {
+  __m512i x;
+};
+
+FLATSTEP_INLINE U32 operator+(U32 a, U32 b) { return {_mm512_add_epi32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator-(U32 a, U32 b) { return {_mm512_sub_epi32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator*(U32 a, U32 b) { return {_mm512_mullo_epi32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator&(U32 a, U32 b) { return {_mm512_and_si512(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator|(U32 a, U32 b) { return {_mm512_or_si512(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator^(U32 a, U32 b) { return {_mm512_xor_si512(a.x, b.x)}; }
+template <int kBits>
+FLATSTEP_INLINE U32 shift_left(U32 a) {
+  return {_mm512_slli_epi32(a.x, kBits)};
+}
+template <int kBits>
+FLATSTEP_INLINE U32 shift_right(U32 a) {
+  return {_mm512_srli_epi32(a.x, kBits)};
+}
+FLATSTEP_INLINE U32 equal(U32 a, U32 b) {
+  return {_mm512_movm_epi32(_mm512_cmpeq_epi32_mask(a.x, b.x))};
+}
+FLATSTEP_INLINE U32 bits_of(F32 a) { return {_mm512_castps_si512(a.x)}; }
+FLATSTEP_INLINE F32 float_of(U32 a) { return {_mm512_castsi512_ps(a.x)}; }
+FLATSTEP_INLINE U32 where_nan(F32 a, U32 then, U32 otherwise) {
+  return {_mm512_mask_mov_epi32(otherwise.x, _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q), then.x)};
+}
+
 struct F64 {
   __m512d x;
 };
@@ -100,12 +127,40 @@ struct Lanes<avx512::F32> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), result);
   }
   FLATSTEP_INLINE static avx512::F32 all(float x) { return {_mm512_set1_ps(x)}; }
+
+  using Bits = avx512::U32;
+  FLATSTEP_INLINE static Bits load_halves(const std::uint16_t* from) {
+    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+  }
+  FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, a.x));
+  }
+  FLATSTEP_INLINE static Bits load_bits(const void* from) { return {_mm512_loadu_si512(from)}; }
+  FLATSTEP_INLINE static void store_bits(void* to, Bits a) { _mm512_storeu_si512(to, a.x); }
+  FLATSTEP_INLINE static Bits all_bits(std::uint32_t x) {
+    return {_mm512_set1_epi32(static_cast<int>(x))};
+  }
+  FLATSTEP_INLINE static Bits count_up() {
+    return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+  }
 };
 
 template <>
 struct Lanes<avx512::F64> {
   static constexpr int kCount = 8;
   FLATSTEP_INLINE static avx512::F64 load(const double* from) { return {_mm512_loadu_pd(from)}; }
+  FLATSTEP_INLINE static avx512::F64 load(const float* from) {
+    return {_mm512_cvtps_pd(_mm256_loadu_ps(from))};
+  }
+  FLATSTEP_INLINE static avx512::F64 load(const BFloat16* from) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+    return {_mm512_cvtps_pd(_mm256_castsi256_ps(bits))};
+  }
+  FLATSTEP_INLINE static avx512::F64 load(const Float16* from) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm512_cvtps_pd(_mm256_cvtph_ps(halves))};
+  }
   FLATSTEP_INLINE static void store(double* to, avx512::F64 a) {
     _mm256_storeu_pd(to, _mm512_castpd512_pd256(a.x));
     _mm256_storeu_pd(to + 4, _mm512_extractf64x4_pd(a.x, 1));

@@ -30,6 +30,31 @@ FLATSTEP_INLINE F32 snap(F32 a) {
   return {vreinterpretq_f32_u32(vandq_u32(bits, vtstq_u32(bits, vdupq_n_u32(0x7f800000))))};
 }
 
+struct U32 {
+  uint32x4_t x;
+};
+
+FLATSTEP_INLINE U32 operator+(U32 a, U32 b) { return {vaddq_u32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator-(U32 a, U32 b) { return {vsubq_u32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator*(U32 a, U32 b) { return {vmulq_u32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator&(U32 a, U32 b) { return {vandq_u32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator|(U32 a, U32 b) { return {vorrq_u32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 operator^(U32 a, U32 b) { return {veorq_u32(a.x, b.x)}; }
+template <int kBits>
+FLATSTEP_INLINE U32 shift_left(U32 a) {
+  return {vshlq_n_u32(a.x, kBits)};
+}
+template <int kBits>
+FLATSTEP_INLINE U32 shift_right(U32 a) {
+  return {vshrq_n_u32(a.x, kBits)};
+}
+FLATSTEP_INLINE U32 equal(U32 a, U32 b) { return {vceqq_u32(a.x, b.x)}; }
+FLATSTEP_INLINE U32 bits_of(F32 a) { return {vreinterpretq_u32_f32(a.x)}; }
+FLATSTEP_INLINE F32 float_of(U32 a) { return {vreinterpretq_f32_u32(a.x)}; }
+FLATSTEP_INLINE U32 where_nan(F32 a, U32 then, U32 otherwise) {
+  return {vbslq_u32(vceqq_f32(a.x, a.x), otherwise.x, then.x)};
+}
+
 struct F64 {
   float64x2_t x;
 };
@@ -88,12 +113,36 @@ struct Lanes<neon::F32> {
     vst1_u16(&to->bits, vbsl_u16(ordered, rounded, vdup_n_u16(kFloat16NaN)));
   }
   FLATSTEP_INLINE static neon::F32 all(float x) { return {vdupq_n_f32(x)}; }
+
+  using Bits = neon::U32;
+  FLATSTEP_INLINE static Bits load_halves(const std::uint16_t* from) {
+    return {vmovl_u16(vld1_u16(from))};
+  }
+  FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
+    vst1_u16(to, vmovn_u32(a.x));
+  }
+  FLATSTEP_INLINE static Bits load_bits(const void* from) {
+    return {vreinterpretq_u32_u16(vld1q_u16(static_cast<const std::uint16_t*>(from)))};
+  }
+  FLATSTEP_INLINE static void store_bits(void* to, Bits a) {
+    vst1q_u16(static_cast<std::uint16_t*>(to), vreinterpretq_u16_u32(a.x));
+  }
+  FLATSTEP_INLINE static Bits all_bits(std::uint32_t x) { return {vdupq_n_u32(x)}; }
+  FLATSTEP_INLINE static Bits count_up() {
+    constexpr std::uint32_t kLane[] = {0, 1, 2, 3};
+    return {vld1q_u32(kLane)};
+  }
 };
 
 template <>
 struct Lanes<neon::F64> {
   static constexpr int kCount = 2;
   FLATSTEP_INLINE static neon::F64 load(const double* from) { return {vld1q_f64(from)}; }
+  template <class Stored>
+  FLATSTEP_INLINE static neon::F64 load(const Stored* from) {
+    const float pair[] = {widen(from[0]), widen(from[1])};
+    return {vcvt_f64_f32(vld1_f32(pair))};
+  }
   FLATSTEP_INLINE static void store(double* to, neon::F64 a) { vst1q_f64(to, a.x); }
   FLATSTEP_INLINE static neon::F64 all(double x) { return {vdupq_n_f64(x)}; }
 };

@@ -15,13 +15,17 @@ from importlib.metadata import version
 from flatstep import _core, _torch, functional, reference
 from flatstep.flat import FlatBuffer, flatten_
 from flatstep.optim import SGD, Adam, AdamW, RMSprop
+from flatstep.optim.extras import Extras
+from flatstep.optim.scaler import GradScaler
 
 __version__ = version("flatstep")
 __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Extras",
     "FlatBuffer",
+    "GradScaler",
     "RMSprop",
     "cpu_isa",
     "flatten_",

@@ -7,6 +7,7 @@ import collections.abc
 import typing
 
 __all__: list[str] = [
+    "EXTRAS",
     "Plan",
     "connect",
     "connect_dtensor",
@@ -16,6 +17,7 @@ __all__: list[str] = [
     "isa",
     "isas",
     "layouts",
+    "norm",
     "rules",
     "traffic",
     "update",
@@ -32,17 +34,20 @@ class Plan:
         param: typing.Any,
         states: list,
         step: typing.Any,
-        first_step: bool,
+        first_step: bool | None,
         cleared: typing.Any,
     ) -> None: ...
     def add_other(
         self,
         group: typing.SupportsInt | typing.SupportsIndex,
         param: typing.Any,
+        count: typing.SupportsInt | typing.SupportsIndex,
         without_gradient: bool,
     ) -> None: ...
     def begin(
-        self, flags: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
+        self,
+        variants: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        first: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
     def devices(self) -> list[int]: ...
     def end(self, state: dict) -> None: ...
@@ -50,8 +55,15 @@ class Plan:
         self,
         groups: list,
         state: dict,
-        flags: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        variants: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     ) -> bool: ...
+    def norm(
+        self,
+        largest: bool,
+        others: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> float: ...
+    def release(self) -> None: ...
     def step(
         self,
         hyper: collections.abc.Sequence[
@@ -70,6 +82,13 @@ class Plan:
                 ],
             ],
         ] = {},
+        extras: collections.abc.Sequence[
+            tuple[
+                typing.SupportsFloat | typing.SupportsIndex,
+                typing.SupportsFloat | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex,
+            ]
+        ] = [],
     ) -> None: ...
     def updated(self) -> list: ...
     @property
@@ -83,6 +102,13 @@ def gpu_count() -> int: ...
 def isa() -> str: ...
 def isas() -> list: ...
 def layouts() -> list: ...
+def norm(
+    grad: typing.SupportsInt | typing.SupportsIndex,
+    dtype: str,
+    count: typing.SupportsInt | typing.SupportsIndex,
+    largest: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> float: ...
 def rules() -> list: ...
 def traffic(
     streams: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
@@ -102,6 +128,13 @@ def update(
     step: typing.SupportsInt | typing.SupportsIndex,
     scale: typing.SupportsFloat | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
+    master: typing.SupportsInt | typing.SupportsIndex = 0,
+    average: typing.SupportsInt | typing.SupportsIndex = 0,
+    unscale: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    average_decay: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    seed: typing.SupportsInt | typing.SupportsIndex = 0,
+    count_of_step: typing.SupportsInt | typing.SupportsIndex = 1,
+    first: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 def update_on_gpu(
     rule: str,
@@ -119,3 +152,11 @@ def update_on_gpu(
 ) -> None: ...
 def use_isa(name: str) -> None: ...
 def use_torch_threads(library: str | None) -> bool: ...
+
+EXTRAS: dict = {
+    "master_copy": 256,
+    "master_split": 512,
+    "stochastic": 1024,
+    "average": 2048,
+    "writes_grad": 4096,
+}

@@ -85,14 +85,14 @@ increment_version: Callable[[Iterable[torch.Tensor]], None] = (
 Arguments = tuple[str, int, int, int, int, Sequence[int], int, Sequence[float], int, float]
 
 
-def update_memory(device: torch.device, arguments: Arguments) -> None:
+def update_memory(device: torch.device, arguments: Arguments, **extras: Any) -> None:
     """One update of plain memory on a device; the arguments are those of ``_core.update``."""
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         index = torch.cuda.current_device() if device.index is None else device.index
         _core.update_on_gpu(*arguments, index, stream)
     else:
-        _core.update(*arguments, torch.get_num_threads())
+        _core.update(*arguments, torch.get_num_threads(), **extras)
 
 
 def zeros_flat(

@@ -339,6 +339,12 @@ def _addresses(tensors: list[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
 
 
+def holds_gradient(param: torch.Tensor) -> bool:
+    """Whether a buffer houses the parameter's gradient."""
+    _, home = _places.get(param, (None, None))
+    return home is not None and home.grad_memory is not None
+
+
 def clearing_buffer(param: torch.Tensor) -> FlatBuffer | None:
     """The buffer that wants steps to clear the parameter's gradient, if any."""
     if not _generation:

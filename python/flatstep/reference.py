@@ -6,7 +6,8 @@ on its own in the compute type (float32; float64 for float64 parameters), each s
 to that type once, and the order of the operations is the order on the page. ``csrc/rules`` has
 the same names in the same order.
 
-``update`` runs a rule on stored arrays in place: widen, update, narrow once.
+``update`` runs a rule on stored arrays in place: widen, update, narrow once. ``norm`` is the norm
+of gradients that are clipped together, ``clip_factor`` what they are multiplied by.
 """
 
 from __future__ import annotations
@@ -219,6 +220,103 @@ def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
     return x
 
 
+def split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 values as the nearest bfloat16 (uint16) and the lower half of their bits (uint16).
+
+    The two tell what the value was. An odd upper half with a lower one of exactly a half has no
+    code left (an even bfloat16 is the nearest to 65,537 values): it becomes the next value away
+    from zero.
+    """
+    bits = np.where(np.isnan(x), np.uint32(0x7FC00000), x.view(np.uint32))
+    bits = bits + ((bits & np.uint32(0x1FFFF)) == 0x18000).astype(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    high = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return high.astype(np.uint16), bits.astype(np.uint16)
+
+
+def join(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The float32 values that :func:`split` made two halves of."""
+    rounded_up = (low > 0x8000).astype(np.uint32)
+    bits = ((high.astype(np.uint32) - rounded_up) << np.uint32(16)) | low.astype(np.uint32)
+    return bits.view(np.float32)
+
+
+_WORD = (1 << 64) - 1
+
+
+def spread(x: int) -> int:
+    """splitmix64's function on 64 bits (Steele, Lea and Flood, 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
+
+
+def random_halves(numbers: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """16 random bits for each number (uint32) of an element, in step ``count`` from a seed.
+
+    An integer hash (lowbias32, C. Wellons, 2018) with a key before each multiplication.
+    """
+    key = spread((spread(seed & _WORD) + count) & _WORD)
+    x = numbers ^ np.uint32(key & 0xFFFFFFFF)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = x ^ (x >> np.uint32(15)) ^ np.uint32(key >> 32)
+    return (x * np.uint32(0x846CA68B)) >> np.uint32(16)
+
+
+def round_by_chance(x: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """bfloat16 (uint16): up with a probability of what lies below the last bit, else down."""
+    rounded = ((x.view(np.uint32) + random) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+class Extras(NamedTuple):
+    """What a pass does beside the rule.
+
+    Attributes:
+        master: float32, the weights, of which the parameters are the roundings; or uint16, 16 more
+            bits of bfloat16 parameters, as :func:`split` makes them. None: the parameters are the
+            weights.
+        stochastic: Whether bfloat16 parameters are rounded by chance.
+        seed: Of chance.
+        step_count: The number of the step, for chance.
+        first: The number of the first element, for chance.
+        average: Exponential moving averages of the weights, in the compute type, or None.
+        average_decay: Their decay.
+        unscale: The factor of the gradients that are stored back; None: they are not.
+    """
+
+    master: np.ndarray | None = None
+    stochastic: bool = False
+    seed: int = 0
+    step_count: int = 1
+    first: int = 0
+    average: np.ndarray | None = None
+    average_decay: float = 0.0
+    unscale: float | None = None
+
+
+def _weights(p: np.ndarray, dtype: str, master: np.ndarray | None) -> np.ndarray:
+    if master is None:
+        return widen(p, dtype)
+    return master if master.dtype == np.float32 else join(p, master)
+
+
+def _store_weights(p: np.ndarray, dtype: str, weights: np.ndarray, extras: Extras) -> None:
+    master = extras.master
+    if master is not None and master.dtype != np.float32:
+        p[...], master[...] = split(weights)
+        return
+    if master is not None:
+        master[...] = weights
+    if extras.stochastic:
+        numbers = extras.first + np.arange(p.size, dtype=np.uint64).reshape(p.shape)
+        random = random_halves(numbers.astype(np.uint32), extras.seed, extras.step_count)
+        p[...] = round_by_chance(weights, random)
+    else:
+        p[...] = narrow(weights, dtype)
+
+
 def update(
     rule: str,
     flags: Mapping[str, bool],
@@ -230,6 +328,9 @@ def update(
     step: int,
     scale: float = 1.0,
     dtype: str = "float32",
+    grad_dtype: str | None = None,
+    state_dtype: str | None = None,
+    extras: Extras | None = None,
 ) -> None:
     """One update in place.
 
@@ -238,21 +339,91 @@ def update(
         flags: Every flag of the rule, as its function takes them.
         hyper: Every hyper-parameter that the rule's ``prepare`` reads.
         p: Parameters, any shape, stored as ``dtype`` (bfloat16 as uint16).
-        g: Gradients, likewise; not written.
+        g: Gradients, likewise; written only where the extras say so.
         states: The states that the flags call for, by torch's names, likewise.
         step: The number of this step, from 1.
         scale: Multiplies the gradient: -1 to maximize, 1 / s to undo a loss scale s.
         dtype: "float32", "float64", "bfloat16" or "float16".
+        grad_dtype: Of the gradients; None: ``dtype``.
+        state_dtype: Of the states; None: ``dtype``.
+        extras: What else is done; None: nothing.
     """
+    extras = extras or Extras()
+    grad_dtype, state_dtype = grad_dtype or dtype, state_dtype or dtype
     compute = np.float64 if dtype == "float64" else np.float32
     prepared = RULES[rule].prepare(hyper, step, scale)
-    wide = {name: widen(x, dtype) for name, x in states.items()}
+    wide = {name: widen(x, state_dtype) for name, x in states.items()}
+    grad = widen(g, grad_dtype)
     with np.errstate(all="ignore"):
         k = SimpleNamespace(**{name: compute(x) for name, x in prepared.items()})
-        new_p = RULES[rule].update(widen(p, dtype), widen(g, dtype), wide, k, **flags, xp=NumpyMath)
-    p[...] = narrow(new_p, dtype)
-    for name, x in states.items():
-        x[...] = narrow(wide[name], dtype)
+        weights = _weights(p, dtype, extras.master)
+        new = RULES[rule].update(weights, grad, wide, k, **flags, xp=NumpyMath)
+        _store_weights(p, dtype, new, extras)
+        for name, x in states.items():
+            x[...] = narrow(wide[name], state_dtype)
+        if extras.average is not None:
+            weights = _weights(p, dtype, extras.master)
+            towards = _lerp_scalars(1 - extras.average_decay)
+            weight, side = compute(towards["lerp_weight"]), towards["lerp_side"]
+            extras.average[...] = NumpyMath.snap(lerp(extras.average, weights, weight, side))
+        if extras.unscale is not None:
+            g[...] = narrow(compute(extras.unscale) * grad, grad_dtype)
+
+
+TILE = 4096
+LANES = 32
+
+
+def norm(
+    gradients: Sequence[tuple[np.ndarray, str]], norm_type: float = 2.0, unscale: float = 1.0
+) -> float:
+    """The norm of all gradients as one vector, in double, in one order of additions.
+
+    Each gradient is cut into tiles of 4096 elements from its start. In a tile, squares are added in
+    32 lanes, element by element, and the lanes by halves; then tile is added to tile, and gradient
+    to gradient.
+
+    Args:
+        gradients: (stored values, dtype) of each gradient, as in :func:`update`.
+        norm_type: 2, or infinity for the largest magnitude.
+        unscale: Multiplies the norm: 1 / s to undo a loss scale s.
+    """
+    total = np.float64(0)
+    with np.errstate(all="ignore"):
+        for stored, dtype in gradients:
+            own = np.float64(0)
+            x = widen(stored.reshape(-1), dtype).astype(np.float64)
+            for at in range(0, x.size, TILE):
+                own = _add(own, _tile_norm(x[at : at + TILE], norm_type), norm_type)
+            total = _add(total, own, norm_type)
+    return norm_of(float(total), norm_type, unscale)
+
+
+def norm_of(total: float, norm_type: float, unscale: float) -> float:
+    """The norm that a sum of squares, or a largest magnitude, is of."""
+    return (total if norm_type == math.inf else math.sqrt(total)) * unscale
+
+
+def _add(a: Array, b: Array, norm_type: float) -> Array:
+    return np.maximum(a, b) if norm_type == math.inf else a + b
+
+
+def _tile_norm(x: np.ndarray, norm_type: float) -> Array:
+    sizes = np.abs(x) if norm_type == math.inf else x * x
+    rows = np.pad(sizes, (0, -x.size % LANES)).reshape(-1, LANES)
+    lanes = np.zeros(LANES)
+    for row in rows:
+        lanes = _add(lanes, row, norm_type)
+    while lanes.size > 1:
+        half = lanes.size // 2
+        lanes = _add(lanes[:half], lanes[half:], norm_type)
+    return lanes[0]
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of that norm are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` does."""
+    factor = max_norm / (norm + 1e-6)
+    return 1.0 if factor > 1 else factor
 
 
 def flag_names(rule: str, flags: int, names: Sequence[str]) -> dict[str, bool]:

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from flatstep.optim.base import Optimizer, Variant, flag_bits, validate_implementation
+from flatstep.optim.extras import Extras
 
 _FLAGS = flag_bits("adam")
 _AMSGRAD, _L2 = _FLAGS["amsgrad"], _FLAGS["l2"]
@@ -33,8 +35,8 @@ class Adam(Optimizer):
     Args:
         params: Parameters, (name, parameter) pairs, or groups of either, of any shape and strides;
             float32, float64, bfloat16, float16, complex64 or complex128, with gradients of the
-            same dtype. States have the parameter's dtype; 16-bit values are computed in float32
-            and rounded once.
+            same dtype, or 16-bit beside 32-bit ones. States have the parameter's dtype unless
+            ``state_dtype`` says otherwise; 16-bit values are computed in float32 and rounded once.
         lr: Learning rate, a number or a tensor of one element.
         betas: Decay rates of the two averages, both floats or both tensors of one element.
         eps: Added to the denominator.
@@ -47,9 +49,11 @@ class Adam(Optimizer):
         fused: As in torch, True lets ``GradScaler`` leave unscaling and overflow checks to the
             step; otherwise changes nothing, every step is fused.
         decoupled_weight_decay: Whether the decay is AdamW's.
+        **options: What torch does not have, each in all groups or in one: see
+            :class:`flatstep.Extras`.
 
     Raises:
-        ValueError: An option out of range, in torch's words.
+        ValueError: An option out of range, in torch's words, or two that exclude each other.
         RuntimeError: Options that exclude each other, in torch's words.
     """
 
@@ -80,6 +84,7 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        **options: Unpack[Extras],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -94,7 +99,7 @@ class Adam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, options)
 
     @staticmethod
     def validate(options: dict[str, Any]) -> None:
@@ -160,6 +165,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[Extras],
     ) -> None:
         super().__init__(
             params,
@@ -174,6 +180,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            **options,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import functools
+import copy
+import math
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
-from torch.optim.optimizer import (
-    ParamsT,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Self
 
-from flatstep import _core, flat
+from flatstep import _core, flat, reference
 from flatstep._torch import connect_dtensor, increment_version
-from flatstep.optim import gpu, states, torch_ops
+from flatstep.optim import clipping, extras, gpu, release, states, torch_ops
+from flatstep.optim.extras import Extras
+from flatstep.optim.hooks import with_hooks
+from flatstep.optim.release import Release
 from flatstep.optim.routes import (
     Found,
     Route,
     is_on_gpu,
+    layout_of,
     local_of,
     overlapping,
     route_of,
     update_alone,
 )
+from flatstep.optim.states import Wanted
+from flatstep.optim.weights import Weights, reconcile
 
 RULES: dict[str, Any] = {rule["name"]: rule for rule in _core.rules()}
 
@@ -37,44 +41,19 @@ def flag_bits(rule: str) -> dict[str, int]:
     return {name: 1 << bit for bit, name in enumerate(RULES[rule]["flags"])}
 
 
+_VARIANTS: dict[str, dict[int, tuple[str, ...]]] = {
+    name: dict(rule["variants"]) for name, rule in RULES.items()
+}
+_FLAGS = 0xFF  # of a variant: the rule's; the extras are above
+_WRITES_GRAD = _core.EXTRAS["writes_grad"]
+
+
 def validate_implementation(options: dict[str, Any]) -> None:
     """Raises torch's errors for implementations that exclude each other."""
     if options["fused"] and options["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def with_hooks(step: Callable[_P, _R]) -> Callable[_P, _R]:
-    """What torch wraps around a step: hooks and the profiler's range, paid for where wanted.
-
-    torch's own wrapper takes 10 µs at every step, as long as the update of a small model.
-    """
-    watched = torch.optim.Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        self: Any = args[0]
-        if type(self).step is not wrapper:  # torch has wrapped the subclass's, which calls this one
-            return step(*args, **kwargs)
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        ):
-            return watched(*args, **kwargs)
-        out = step(*args, **kwargs)
-        self._optimizer_step_code()
-        return out
-
-    wrapper.hooked = True  # type: ignore[attr-defined]
-    return wrapper
 
 
 class Variant(NamedTuple):
@@ -90,11 +69,57 @@ class Other:
 
     found: Found
     route: Route
-    states: tuple[str, ...]
+    states: Wanted
     first_step: bool
 
 
-class Optimizer(torch.optim.Optimizer):
+@dataclass
+class Table:
+    """An optimizer's memory, as found when the plan was filled.
+
+    Attributes:
+        plan: The kernels' part of it.
+        flags: Each group's variant: the rule's flags and the extras.
+        others: The parameters that the plan's one call does not update.
+        new: The parameters that had no state before.
+        written: A tensor of each storage that a step writes beside the parameters.
+        masters: The 16-bit parameters, each with the float32 copy that it follows.
+        cleared: Of each buffer whose gradients a step clears, how many there are.
+        rows: How many parameters the plan has.
+        gpus: The GPUs that some of them are on.
+        only_gpus: Whether there are no others.
+        is_double: Whether any parameter is float64.
+        seen: The masters' parameters' versions after the last step.
+    """
+
+    plan: _core.Plan
+    flags: list[int]
+    others: list[Other]
+    new: list[Found]
+    written: list[torch.Tensor]
+    masters: list[tuple[torch.Tensor, torch.Tensor]]
+    cleared: dict[flat.FlatBuffer, int]
+    rows: int
+    gpus: list[int]
+    only_gpus: bool
+    is_double: bool
+    seen: int = -1
+
+    def follow_masters(self) -> None:
+        """Makes masters follow parameters that something else has written since the last step."""
+        if self.masters and self._versions() != self.seen:
+            reconcile(self.masters)
+
+    def note_masters(self) -> None:
+        """Remembers the parameters as a step has left them."""
+        if self.masters:
+            self.seen = self._versions()
+
+    def _versions(self) -> int:
+        return sum(param._version for param, _ in self.masters)
+
+
+class Optimizer(Weights, torch.optim.Optimizer):
     """An optimizer of :mod:`torch.optim` whose update is one pass over memory.
 
     A subclass names its rule, validates a group's options and turns them into a variant. The rest
@@ -106,13 +131,22 @@ class Optimizer(torch.optim.Optimizer):
     sparse_message: ClassVar[str | None]  # of the error; None where sparse gradients are fine
     later_options: ClassVar[dict[str, Any]]  # what a checkpoint of an older torch may lack
     counts_steps: ClassVar[bool] = True  # whether torch's state has a "step"
+    _elements_before = 0  # of parameters in front of this optimizer's, for chance
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self.validate(defaults)
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Extras) -> None:
+        unknown = [name for name in options if name not in extras.DEFAULTS]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument '{unknown[0]}'"
+            )
+        defaults = {**defaults, **options}
+        self._validate(defaults)
         self._turn = threading.Lock()
-        self._plan: _core.Plan | None = None
+        self._table: Table | None = None
         self._gather = False
         self._housed: flat.Housed | None = None
+        self._clipped = clipping.Outcome()
+        self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
         if defaults.get("fused"):
             self._step_supports_amp_scaling = True
@@ -122,6 +156,10 @@ class Optimizer(torch.optim.Optimizer):
         """Raises torch's errors for options that are out of range."""
         raise NotImplementedError
 
+    def _validate(self, options: dict[str, Any]) -> None:
+        self.validate(options)
+        extras.validate(options)
+
     def variant(self, group: dict[str, Any]) -> Variant:
         """The variant of the rule that a group's options ask for."""
         raise NotImplementedError
@@ -129,20 +167,43 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as :meth:`torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
-            self.validate({**self.defaults, **param_group})
+            self._validate({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            index = len(self.param_groups) - 1
+            for place, param in enumerate(self.param_groups[index]["params"]):
+                extras.validate_param(self.param_groups[index], param, self._label(index, place))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of all gradients at the last step that computed one, before clipping, 0-dim."""
+        return self._clipped.as_tensor()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` has left out."""
+        return self._clipped.skipped
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over pickled or loaded state; options that older torch lacks get their defaults."""
         super().__setstate__(state)
+        options = {name: self.defaults[name] for name in extras.DEFAULTS if name in self.defaults}
         for group in self.param_groups:
-            for name, value in self.later_options.items():
+            for name, value in {**self.later_options, **options}.items():
                 group.setdefault(name, value)
+        loading = self.__dict__.get("_loading")
+        if loading is not None:
+            self._keep_dtypes(loading)
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
         self._turn = threading.Lock()
-        self._plan = None
+        self._table = None
         self._housed = None
+        self._loading = None
+        self._clipped = self.__dict__.get("_clipped") or clipping.Outcome()
         # Loaded states lie apart; the next step gathers them into flat buffers.
         self._gather = True
 
@@ -182,7 +243,75 @@ class Optimizer(torch.optim.Optimizer):
                 self._update()
             finally:
                 self._turn.release()
+        else:
+            self._clipped.ahead = None
         return loss
+
+    def step_in_backward(self) -> Release:
+        """Updates each parameter in ``backward()``, as soon as its gradient is complete.
+
+        The gradient is freed there, so that the gradients of a model are never all in memory.
+        ``step()`` then finds nothing to do, and may stay where it is. Every ``backward()`` steps:
+        gradients cannot be accumulated over several.
+
+        Returns:
+            A handle whose ``remove()`` ends it; also a context manager.
+
+        Raises:
+            ValueError: An option needs all gradients at a time (``max_grad_norm``, GradScaler with
+                ``fused=True``), or they are in a :class:`flatstep.FlatBuffer`.
+        """
+        release.refuse(self)
+        return Release(self)
+
+    def for_one(self, group: int, place: int) -> Self:
+        """An optimizer like this one, of one of its parameters."""
+        alone = copy.copy(self)
+        params = [param for group in self.param_groups for param in group["params"]]
+        param = self.param_groups[group]["params"][place]
+        before = next(i for i, other in enumerate(params) if other is param)
+        alone._elements_before = sum(local_of(other).numel() for other in params[:before])
+        alone.state = defaultdict(dict)
+        alone.param_groups = [{**self.param_groups[group], "params": [param]}]
+        return alone
+
+    def step_alone(self) -> None:
+        """An update without closure, hooks or scaling."""
+        self._update()
+
+    def is_on_gpu(self) -> bool:
+        """Whether any parameter is on a GPU."""
+        return any(found.param.device.type == "cuda" for found in self._find())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.load_state_dict`, but states keep their dtype.
+
+        torch's casts them all to the parameter's. Where the options, which are loaded too, ask for
+        another (``state_dtype``, masters, averages), they have that one.
+        """
+
+        def note(_: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+            self._loading = found
+
+        # After the hooks of others, which may change what is loaded.
+        hook = self.register_load_state_dict_pre_hook(note)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loading = None
+
+    def _keep_dtypes(self, saved: dict[str, Any]) -> None:
+        """Takes from a state_dict again what torch has cast to the parameter's dtype."""
+        ids = [index for group in saved["param_groups"] for index in group["params"]]
+        params = [(group, param) for group in self.param_groups for param in group["params"]]
+        for index, (group, param) in zip(ids, params, strict=True):
+            for name, value in saved["state"].get(index, {}).items():
+                if not isinstance(value, torch.Tensor) or name == "step":
+                    continue
+                dtype = extras.dtype_of(name, group, param)
+                if dtype not in (None, param.dtype):
+                    self.state[param][name] = value.to(param.device, dtype)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients, as :meth:`torch.optim.Optimizer.zero_grad`.
@@ -211,19 +340,43 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         groups = self.param_groups
         variants = [self.variant(group) for group in groups]
-        flags = [variant.flags for variant in variants]
-        plan = self._plan
-        if plan is None or not plan.matches(groups, self.state, flags) or self._others_moved():
-            plan = self._build(flags)
-            if not plan.matches(groups, self.state, flags):
-                raise RuntimeError("the parameters changed while step() was looking at them")
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        deferred = self._only_gpus and (self.counts_steps or found_inf is None)
-        if self._gpus and not deferred and found_inf is not None and float(found_inf):
+        unscales = grad_scale is not None
+        flags = [
+            variant.flags | extras.bits(group, unscales=unscales)
+            for variant, group in zip(variants, groups, strict=True)
+        ]
+        clipped = clipping.asked(groups)
+        table, is_new = self._table, False
+        if (
+            table is None
+            or not table.plan.matches(groups, self.state, flags)
+            or self._others_moved(table)
+        ):
+            table, is_new = self._build(flags), True
+            if not table.plan.matches(groups, self.state, flags):
+                raise RuntimeError("the parameters changed while step() was looking at them")
+        plan, gpus = table.plan, table.gpus
+        deferred = table.only_gpus and (self.counts_steps or found_inf is None) and clipped is None
+        if gpus and not deferred and found_inf is not None and float(found_inf):
             return
         unscale = 1.0 if grad_scale is None or deferred else 1.0 / float(grad_scale)
-        scales = [-unscale if group["maximize"] else unscale for group in groups]
+        factors: list[float] = [1.0] * len(groups)
+        if clipped is not None:
+            norm = None
+            try:
+                norm = self._clip(table, clipped, unscale)
+            finally:
+                if norm is None:
+                    self._undo(table if is_new else None)
+            if norm is None:
+                return
+            factors = [clipping.factor(group, norm) for group in groups]
+        scales = [
+            (-unscale if group["maximize"] else unscale) * factor
+            for group, factor in zip(groups, factors, strict=True)
+        ]
         hyper = [
             [0.0] * len(values)
             if group["differentiable"]
@@ -231,25 +384,68 @@ class Optimizer(torch.optim.Optimizer):
             for group, (_, values) in zip(groups, variants, strict=True)
         ]
         inputs: Any = {}
-        if self._gpus:
-            reader = gpu.Reader(self._gpus)  # holds what the addresses belong to
+        if gpus:
+            reader = gpu.Reader(gpus)  # holds what the addresses belong to
             inputs = reader.inputs(
                 [values for _, values in variants], grad_scale, found_inf, deferred=deferred
             )
+        table.follow_masters()
         updated = plan.updated()
+        beside = [extras.numbers(group, unscale) for group in groups]
         # Before, not after: now torch's objects are in the caches.
-        increment_version(updated + self._written)
-        plan.step(hyper, scales, torch.get_num_threads(), inputs)
+        increment_version(updated + table.written)
+        if any(bits & _WRITES_GRAD for bits in flags):
+            increment_version([param.grad for param in updated])
+        plan.step(hyper, scales, torch.get_num_threads(), inputs, beside)
         known = not deferred or found_inf is None  # whether there was an update
-        for buffer, count in self._cleared.items():
-            buffer.mark_cleared(count if known and len(updated) == self._rows else 0)
-        for other in self._others:
+        for buffer, count in table.cleared.items():
+            buffer.mark_cleared(count if known and len(updated) == table.rows else 0)
+        for other in table.others:
             if other.found.param.grad is not None:
-                self._update_other(other, variants[other.found.group], scales[other.found.group])
-        for other in self._others:
+                index = other.found.group
+                variant = Variant(flags[index], variants[index].hyper)
+                self._update_other(other, variant, scales[index], beside[index])
+        for other in table.others:
             grad = other.found.param.grad
             if grad is not None and flat.clearing_buffer(other.found.param):
                 grad.zero_()
+        table.note_masters()
+
+    def _clip(self, table: Table, clipped: clipping.Asked, unscale: float) -> float | None:
+        """The gradients' norm, or None where the step is to be skipped for it."""
+        largest = clipped.norm_type == math.inf
+        total = self._clipped.take_ahead(largest)
+        if total is None:
+            total = _total(table, largest)
+        norm = reference.norm_of(total, clipped.norm_type, unscale)
+        return norm if self._clipped.judge(norm, clipped, table.is_double) else None
+
+    def check_gradients(self) -> bool:
+        """Whether every gradient is finite, in one pass that only reads.
+
+        Where gradients are clipped, the pass is the one that the next step needs, and is not made
+        again. For :class:`flatstep.GradScaler`, directly before a step.
+        """
+        clipped = clipping.asked(self.param_groups)
+        largest = clipped is None or clipped.norm_type == math.inf
+        table = self._table
+        if table is not None and table.plan.matches(self.param_groups, self.state, table.flags):
+            total = _total(table, largest)
+            table.plan.release()
+        else:
+            total = clipping.total([found.param for found in self._find()], largest)
+        self._clipped.ahead = (total, largest) if clipped is not None else None
+        return math.isfinite(total)
+
+    def _undo(self, made: Table | None) -> None:
+        """Takes back what was made for a step that then changes nothing."""
+        if made is None:
+            assert self._table is not None
+            self._table.plan.release()
+            return
+        for found in made.new:
+            self.state.pop(found.param, None)
+        self._table = None
 
     def _label(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")
@@ -258,11 +454,12 @@ class Optimizer(torch.optim.Optimizer):
         return f"parameter {place} of group {group}"
 
     def _find(self) -> list[Found]:
-        return [
-            Found(param, self._label(index, place), index)
-            for index, group in enumerate(self.param_groups)
-            for place, param in enumerate(group["params"])
-        ]
+        everything, first = [], self._elements_before
+        for index, group in enumerate(self.param_groups):
+            for place, param in enumerate(group["params"]):
+                everything.append(Found(param, self._label(index, place), index, first))
+                first += local_of(param).numel()
+        return everything
 
     def _route(self, found: Found) -> Route:
         route = route_of(found, differentiable=self.param_groups[found.group]["differentiable"])
@@ -270,29 +467,32 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(self.sparse_message)
         return route
 
-    def _step_device(self, found: Found) -> torch.device:
+    def _counts(self, found: Found) -> bool:
+        return self.counts_steps or extras.counts_steps(self.param_groups[found.group])
+
+    def _step_device(self, found: Found) -> torch.device | None:
         """Where torch keeps the parameter's step: on its GPU where nobody may wait for it."""
+        if not self._counts(found):
+            return None
         group = self.param_groups[found.group]
         device = found.param.device
         on_gpu = device.type == "cuda" and (group.get("capturable") or group.get("fused"))
         return device if on_gpu else torch.device("cpu")
 
-    def _others_moved(self) -> bool:
+    def _others_moved(self, table: Table) -> bool:
         return any(
             self._route(other.found) not in (other.route, Route.KERNEL)
             or (
                 other.route is Route.ALONE
-                and states.are_foreign(
-                    self.state.get(other.found.param, {}), other.found, other.states
-                )
+                and states.are_foreign(self.state.get(other.found.param, {}), other.states)
             )
-            for other in self._others
+            for other in table.others
             if other.found.param.grad is not None
         )
 
-    def _build(self, flags: list[int]) -> _core.Plan:
-        """Finds every parameter's way and fills the plan. Raises before anything has changed."""
-        self._plan = None
+    def _build(self, flags: list[int]) -> Table:
+        """Finds every parameter's way and fills a plan. Raises before anything has changed."""
+        self._table = None
         connect_dtensor()
         everything = self._find()
         if any(found.param.device.type == "cuda" for found in everything):
@@ -301,92 +501,159 @@ class Optimizer(torch.optim.Optimizer):
         plain = [found for found, route in routes.items() if route in (Route.KERNEL, Route.ALONE)]
         for place in overlapping([local_of(found.param) for found in plain]):
             routes[plain[place]] = Route.ALONE  # one after the other, as torch would
-        variants = dict(RULES[self.rule]["variants"])
-        wanted: dict[Found, tuple[str, ...]] = {
-            found: variants[flags[found.group]]
+        wanted = {
+            found: self._wanted(found, flags[found.group])
             for found, route in routes.items()
             if route is not Route.SPARSE
         }
-        for found, names in wanted.items():
-            states.check(self.state.get(found.param, {}), found, names)
-            if routes[found] is not Route.TORCH and states.are_foreign(
-                self.state.get(found.param, {}), found, names
+        for found, of in wanted.items():
+            state = self.state.get(found.param, {})
+            states.check(state, found, of.names)
+            if routes[found] is not Route.TORCH and (
+                states.are_foreign(state, of)
+                or layout_of(found.param, _grad_of(found.param), of.dtypes[0] if of.rule else None)
+                is None
             ):
                 routes[found] = Route.TORCH
+        for found, route in routes.items():
+            group = self.param_groups[found.group]
+            extras.validate_param(group, found.param, found.name)
+            if route in (Route.TORCH, Route.SPARSE):
+                extras.refuse(group, found.name)
+        new = [found for found in wanted if not self.state.get(found.param)]
         with torch.no_grad():
             firsts = states.complete(
                 {
                     found: self.state[found.param]
-                    for found, names in wanted.items()
-                    if names or self.counts_steps
+                    for found, of in wanted.items()
+                    if of.names or self._counts(found)
                 },
                 wanted,
                 routes,
-                step_device=self._step_device if self.counts_steps else None,
+                step_device=self._step_device,
                 gather=self._gather,
             )
         plan = _core.Plan(self.rule)
-        plan.begin(flags)
-        self._others: list[Other] = []
-        self._rows = 0
-        self._cleared: dict[flat.FlatBuffer, int] = {}  # of each buffer, how many gradients
+        plan.begin(flags, self._elements_before % 2**32)
+        others: list[Other] = []
+        rows = 0
+        cleared: dict[flat.FlatBuffer, int] = {}
+        masters: list[tuple[torch.Tensor, torch.Tensor]] = []
         written: dict[int, torch.Tensor] = {}  # one of each storage stands for all its views
         for found in everything:
-            route, names = routes.get(found), wanted.get(found, ())
-            if route is not Route.KERNEL:
-                plan.add_other(found.group, found.param, route is None)
-                if route is not None:
-                    self._others.append(Other(found, route, names, found in firsts))
+            way, of = routes.get(found), wanted.get(found, Wanted((), (), ()))
+            counts = self._counts(found)
+            state = self.state[found.param] if of.names or (counts and way) else {}
+            if extras.MASTER in of.names:
+                masters.append((local_of(found.param), local_of(state[extras.MASTER])))
+            if way is not Route.KERNEL:
+                count = local_of(found.param).numel()
+                plan.add_other(found.group, found.param, count, way is None)
+                if way is not None:
+                    others.append(Other(found, way, of, found in firsts))
                 continue
-            state = self.state[found.param] if names or self.counts_steps else {}
-            step = state["step"] if self.counts_steps else None
+            step = state["step"] if counts else None
+            first_step = None if self.counts_steps else found in firsts
             buffer = flat.clearing_buffer(found.param)
             if buffer:
-                self._cleared[buffer] = self._cleared.get(buffer, 0) + 1
-            tensors = [state[name] for name in names]
+                cleared[buffer] = cleared.get(buffer, 0) + 1
+            tensors = [state[name] for name in of.names]
             grad = found.param.grad if buffer else None
-            self._rows += 1
-            plan.add(found.group, found.param, tensors, step, found in firsts, grad)
-            for tensor in [*tensors, *([step] if self.counts_steps else [])]:
+            rows += 1
+            plan.add(found.group, found.param, tensors, step, first_step, grad)
+            for tensor in [*tensors, *([] if step is None else [step])]:
                 written[local_of(tensor).untyped_storage().data_ptr()] = local_of(tensor)
         plan.end(self.state)
         devices = plan.devices()
-        self._gpus = [device for device in devices if device >= 0]
-        self._only_gpus = bool(devices) and self._gpus == devices and not self._others
-        self._written = list(written.values())
-        self._plan = plan
+        gpus = [device for device in devices if device >= 0]
         self._gather = False
-        return plan
+        self._table = Table(
+            plan,
+            flags,
+            others,
+            new,
+            list(written.values()),
+            masters,
+            cleared,
+            rows,
+            gpus,
+            only_gpus=bool(devices) and gpus == devices and not others,
+            is_double=any(found.param.dtype == torch.float64 for found in everything),
+        )
+        return self._table
 
-    def _update_other(self, other: Other, variant: Variant, scale: float) -> None:
+    def _wanted(self, found: Found, flags: int) -> Wanted:
+        """The states that a parameter's variant uses, and their dtypes."""
+        group, param = self.param_groups[found.group], found.param
+        rule = _VARIANTS[self.rule][flags & _FLAGS]
+        names = (*rule, *extras.names(group))
+        usual = states.dtype_of(self.state.get(param, {}), found, rule)
+        return Wanted(
+            rule, names, tuple(extras.dtype_of(name, group, param) or usual for name in names)
+        )
+
+    def _update_other(
+        self, other: Other, variant: Variant, scale: float, beside: tuple[float, float, int]
+    ) -> None:
         found, param = other.found, other.found.param
-        grad = param.grad
-        assert grad is not None
-        differentiable = self.param_groups[found.group]["differentiable"]
+        grad, group = _grad_of(param), self.param_groups[found.group]
+        differentiable = group["differentiable"]
+        rule_flags = variant.flags & _FLAGS
         with torch.set_grad_enabled(differentiable):
             hyper = variant.hyper if differentiable else [float(x) for x in variant.hyper]
             names = dict(zip(RULES[self.rule]["hyper"], hyper, strict=True))
-            flags = {name: bool(variant.flags & bit) for name, bit in flag_bits(self.rule).items()}
-            state = self.state[param] if other.states or self.counts_steps else {}
-            tensors = {name: state[name] for name in other.states}
-            step = int(state["step"]) + 1 if self.counts_steps else 2 - other.first_step
+            flags = {name: bool(rule_flags & bit) for name, bit in flag_bits(self.rule).items()}
+            counts = self._counts(found)
+            state = self.state[param] if other.states.names or counts else {}
+            tensors = {name: state[name] for name in other.states.rule}
+            count = int(state["step"]) + 1 if counts else 1
+            step = count if self.counts_steps else 2 - other.first_step
+            unscale, decay, seed = beside
             if other.route is Route.SPARSE:
                 torch_ops.update_sparse(names, flags, param, grad, self.state, scale)
             elif other.route is Route.ALONE:
+                kept = {
+                    place: state[name]
+                    for name, place in extras.PLACES.items()
+                    if name in other.states.names
+                }
                 update_alone(
                     self.rule,
-                    variant.flags,
+                    variant.flags & ~_WRITES_GRAD,
                     hyper,
                     local_of(param),
                     local_of(grad),
                     [local_of(tensor) for tensor in tensors.values()],
                     step,
                     scale,
+                    beside={place: local_of(tensor) for place, tensor in kept.items()},
+                    average_decay=decay,
+                    seed=seed,
+                    count_of_step=count,
+                    first=found.first % 2**32,
                 )
-                increment_version([param, *tensors.values()])
+                increment_version([param, *tensors.values(), *kept.values()])
             else:
                 torch_ops.update(self.rule, flags, names, param, grad, tensors, step, scale)
-        if self.counts_steps:
-            with torch.no_grad():
+        with torch.no_grad():
+            if variant.flags & _WRITES_GRAD:
+                grad.mul_(unscale)
+            if counts:
                 state["step"].add_(1)
         other.first_step = False
+
+
+def _grad_of(param: torch.Tensor) -> torch.Tensor:
+    grad = param.grad
+    assert grad is not None
+    return grad
+
+
+def _total(table: Table, largest: bool) -> float:
+    """The sum of squares, or the largest magnitude, of all gradients that the plan found."""
+    others = [
+        clipping.part(other.found.param, largest)
+        for other in table.others
+        if other.found.param.grad is not None
+    ]
+    return table.plan.norm(largest, others, torch.get_num_threads())

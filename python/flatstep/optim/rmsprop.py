@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from flatstep.optim.base import Optimizer, Variant, flag_bits
+from flatstep.optim.base import Optimizer, Variant, flag_bits, validate_implementation
+from flatstep.optim.extras import Extras
 
 _FLAGS = flag_bits("rmsprop")
 _MOMENTUM, _CENTERED, _L2 = _FLAGS["momentum"], _FLAGS["centered"], _FLAGS["l2"]
@@ -43,9 +45,13 @@ class RMSprop(Optimizer):
         foreach: Accepted as in torch; changes nothing.
         maximize: Whether to go up the gradient.
         differentiable: Whether autograd follows the step (through torch's operations, unfused).
+        fused: Which torch's RMSprop does not have: True lets ``GradScaler`` leave unscaling and
+            overflow checks to the step.
+        **options: What torch does not have, each in all groups or in one: see
+            :class:`flatstep.Extras`.
 
     Raises:
-        ValueError: An option out of range, in torch's words.
+        ValueError: An option out of range, in torch's words, or two that exclude each other.
     """
 
     rule = "rmsprop"
@@ -72,8 +78,11 @@ class RMSprop(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        **options: Unpack[Extras],
     ) -> None:
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
             "alpha": alpha,
@@ -85,7 +94,10 @@ class RMSprop(Optimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults)
+        if fused is not None:  # torch's groups have no such key
+            defaults["fused"] = fused
+            validate_implementation(defaults)
+        super().__init__(params, defaults, options)
 
     @staticmethod
     def validate(options: dict[str, Any]) -> None:

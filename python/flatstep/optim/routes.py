@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +29,7 @@ class Found:
     param: torch.Tensor
     name: str
     group: int
+    first: int  # element among those of all parameters
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -165,7 +167,7 @@ def route_of(found: Found, *, differentiable: bool) -> Route:
         or (local_param is not param and param.placements != grad.placements)  # type: ignore[attr-defined]
         or not is_plain(local_param)
         or not is_plain(local_grad)
-        or local_param.dtype != local_grad.dtype
+        or local_param.is_complex() != local_grad.is_complex()
         or not is_resolved(local_param)
     ):
         return Route.TORCH
@@ -203,41 +205,69 @@ def overlapping(tensors: list[torch.Tensor]) -> set[int]:
     return found
 
 
-def layout_of(param: torch.Tensor) -> int:
-    """The kernel's layout of a plain parameter with gradient and states of its dtype."""
-    stored = STORED[param.dtype]
-    return LAYOUT[stored, stored, stored]
+def layout_of(
+    param: torch.Tensor, grad: torch.Tensor, state_dtype: torch.dtype | None = None
+) -> int | None:
+    """The kernels' layout of plain tensors, or None; None for the states means none there are."""
+    types = (param.dtype, grad.dtype, state_dtype or param.dtype)
+    if any(dtype not in STORED for dtype in types):
+        return None
+    if len({dtype.is_complex for dtype in types}) > 1:
+        return None
+    stored = (STORED[types[0]], STORED[types[1]], STORED[types[2]])
+    layout = LAYOUT.get(stored)
+    # GPUs have kernels where all are alike.
+    return layout if len(set(stored)) == 1 or not is_on_gpu(param) else None
+
+
+def in_order_of(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it, in the memory order of a dense parameter."""
+    if same_order(tensor, param) and is_resolved(tensor) and is_aligned(tensor):
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
 def update_alone(
     rule: str,
-    flags: int,
+    variant: int,
     hyper: list[float],
     param: torch.Tensor,
     grad: torch.Tensor,
     states: list[torch.Tensor],
     step: int,
     scale: float,
+    *,
+    beside: dict[str, torch.Tensor] | None = None,
+    **numbers: Any,
 ) -> None:
     """Updates one plain parameter, whatever its strides and the gradient's.
 
     What the kernel cannot walk over in one order is copied into the parameter's order first; a
     parameter or state with gaps is copied back, so that nothing in the gaps is touched.
+
+    Args:
+        rule: The rule's name.
+        variant: Its flags and the extras.
+        hyper: Its hyper-parameters.
+        param: The parameter.
+        grad: Its gradient, only read.
+        states: Those of the rule.
+        step: The number of the step.
+        scale: Multiplies the gradient.
+        beside: The "master" and the "average", where the extras call for them.
+        numbers: The extras' numbers, as ``_core.update`` takes them.
     """
     usable = is_dense(param) and is_aligned(param)
     flat = param if usable else torch.empty_like(param).copy_(param)
-
-    def in_order(tensor: torch.Tensor) -> torch.Tensor:
-        if same_order(tensor, flat) and is_resolved(tensor) and is_aligned(tensor):
-            return tensor
-        return torch.empty_like(flat).copy_(tensor)
-
-    flat_grad = in_order(grad)
-    flat_states = [in_order(state) for state in states]
+    flat_grad = in_order_of(grad, flat)
+    flat_states = [in_order_of(state, flat) for state in states]
+    flat_beside = {name: in_order_of(tensor, flat) for name, tensor in (beside or {}).items()}
+    layout = layout_of(flat, flat_grad, states[0].dtype if states else None)
+    assert layout is not None
     arguments: Arguments = (
         rule,
-        flags,
-        layout_of(flat),
+        variant,
+        layout,
         flat.data_ptr(),
         flat_grad.data_ptr(),
         [state.data_ptr() for state in flat_states],
@@ -246,7 +276,12 @@ def update_alone(
         step,
         scale,
     )
-    update_memory(flat.device, arguments)
-    for tensor, copy in zip([param, *states], [flat, *flat_states], strict=True):
+    addresses = {name: tensor.data_ptr() for name, tensor in flat_beside.items()}
+    update_memory(flat.device, arguments, **addresses, **numbers)
+    for tensor, copy in zip(
+        [param, *states, *(beside or {}).values()],
+        [flat, *flat_states, *flat_beside.values()],
+        strict=True,
+    ):
         if copy is not tensor:
             tensor.copy_(copy)

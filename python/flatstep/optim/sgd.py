@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from flatstep.optim.base import Optimizer, Variant, flag_bits, validate_implementation
+from flatstep.optim.extras import Extras
 
 _FLAGS = flag_bits("sgd")
 _MOMENTUM, _NESTEROV, _L2 = _FLAGS["momentum"], _FLAGS["nesterov"], _FLAGS["l2"]
@@ -40,9 +42,11 @@ class SGD(Optimizer):
         differentiable: Whether autograd follows the step (through torch's operations, unfused).
         fused: As in torch, True lets ``GradScaler`` leave unscaling and overflow checks to the
             step; otherwise changes nothing, every step is fused.
+        **options: What torch does not have, each in all groups or in one: see
+            :class:`flatstep.Extras`.
 
     Raises:
-        ValueError: An option out of range, in torch's words.
+        ValueError: An option out of range, in torch's words, or two that exclude each other.
         RuntimeError: Options that exclude each other, in torch's words.
     """
 
@@ -70,6 +74,7 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[Extras],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -82,7 +87,7 @@ class SGD(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, options)
 
     @staticmethod
     def validate(options: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from flatstep._torch import zeros_flat
+from flatstep.optim.extras import AVERAGE, MASTER
 from flatstep.optim.routes import (
     Found,
     Route,
@@ -22,29 +23,38 @@ from flatstep.optim.routes import (
 _ALIGNMENT = 64  # bytes
 
 
-def zeros_like_all(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Zeros for each plain parameter, in its shape and memory order, out of one buffer a kind.
+class Wanted(NamedTuple):
+    """The states that a parameter is to have: the rule's and those beside it."""
+
+    rule: tuple[str, ...]
+    names: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def zeros_like_all(
+    params: Iterable[torch.Tensor], dtypes: Iterable[torch.dtype]
+) -> list[torch.Tensor]:
+    """Zeros of a dtype for each plain parameter, in its memory order, out of one buffer a kind.
 
     Neighbours in the parameters' memory become neighbours in the buffer, so that an update walks
     over them as one piece; others begin at a multiple of 64 bytes.
     """
-    params = list(params)
+    params, dtypes = list(params), list(dtypes)
     starts: list[int] = []
     # The last parameter's end, in its own memory and in the buffer of its kind.
     ends: dict[tuple[torch.dtype, torch.device], tuple[int, int]] = {}
-    for param in params:
-        kind = (param.dtype, param.device)
-        size = param.element_size()
-        step = _ALIGNMENT // size
+    for param, dtype in zip(params, dtypes, strict=True):
+        kind = (dtype, param.device)
+        step = _ALIGNMENT // dtype.itemsize
         memory_end, end = ends.get(kind, (0, 0))
         if param.data_ptr() != memory_end:
             end = (end + step - 1) // step * step
         starts.append(end)
-        ends[kind] = (param.data_ptr() + param.numel() * size, end + param.numel())
+        ends[kind] = (param.data_ptr() + param.nbytes, end + param.numel())
     buffers = {kind: zeros_flat(end, *kind) for kind, (_, end) in ends.items()}
     views = []
-    for param, start in zip(params, starts, strict=True):
-        buffer = buffers[param.dtype, param.device]
+    for param, dtype, start in zip(params, dtypes, starts, strict=True):
+        buffer = buffers[dtype, param.device]
         views.append(buffer.as_strided(param.shape, dense_stride(param), start))
     return views
 
@@ -86,81 +96,99 @@ def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
         raise ValueError(f"state 'step' of {found.name} is {float(step)}; it must count from 0")
 
 
-def are_foreign(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> bool:
-    """Whether a state is there that no kernel can take: a subclass, another dtype."""
-    tensors = [local_of(state[name]) for name in names if state.get(name) is not None]
-    return any(not is_plain(tensor) or tensor.dtype != found.param.dtype for tensor in tensors)
+def dtype_of(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> torch.dtype:
+    """The dtype of the rule's states that are there, else the parameter's."""
+    dtypes = {state[name].dtype for name in names if isinstance(state.get(name), torch.Tensor)}
+    return dtypes.pop() if len(dtypes) == 1 else found.param.dtype
+
+
+def are_foreign(state: dict[str, Any], wanted: Wanted) -> bool:
+    """Whether a state is there that no kernel can take, such as a subclass."""
+    tensors = [local_of(state[name]) for name in wanted.names if state.get(name) is not None]
+    return not all(is_plain(tensor) or tensor.dtype == torch.int16 for tensor in tensors)
 
 
 def complete(
     states: dict[Found, dict[str, Any]],
-    wanted: dict[Found, tuple[str, ...]],
+    wanted: dict[Found, Wanted],
     routes: dict[Found, Route],
     *,
-    step_device: Callable[[Found], torch.device] | None,
+    step_device: Callable[[Found], torch.device | None],
     gather: bool,
 ) -> set[Found]:
     """Creates the states that are missing, and puts the others where a kernel can take them.
 
     Args:
         states: Each parameter's state.
-        wanted: The names of the states that each parameter's variant uses.
+        wanted: The states that each parameter's variant uses.
         routes: Each parameter's way.
-        step_device: Where the "step" of a parameter counts; None where there is no such state.
+        step_device: Where the "step" of a parameter counts, or None where it has none.
         gather: Whether to move all states into new flat buffers.
 
     Returns:
-        The parameters that had none of their states before.
+        The parameters that had none of the rule's states before.
     """
     firsts = set()
     missing, moved, uncounted = [], [], []
     for found, state in states.items():
         names = wanted[found]
-        step = state.get("step")
-        if step_device is not None and not (
+        step, device = state.get("step"), step_device(found)
+        if device is not None and not (
             isinstance(step, torch.Tensor)
             and step.is_floating_point()
             and step.numel() == 1
-            and step.device == step_device(found)
+            and step.device == device
         ):
-            uncounted.append((state, step_device(found)))
-        if all(state.get(name) is None for name in names):
+            uncounted.append((state, device))
+        if all(state.get(name) is None for name in names.rule):
             firsts.add(found)
-        for name in names:
+        for name, dtype in zip(names.names, names.dtypes, strict=True):
             tensor = state.get(name)
             if tensor is None:
-                missing.append((found, name))
+                missing.append((found, name, dtype))
             elif tensor.layout != torch.strided:
                 state[name] = tensor.to_dense()
-            elif routes[found] is not Route.TORCH and (gather or not _fits(found.param, tensor)):
-                moved.append((found, name, tensor))
+            elif routes[found] is not Route.TORCH and (
+                gather or not _fits(found.param, tensor, dtype)
+            ):
+                moved.append((found, name, dtype, tensor))
     _create_steps(uncounted)
-    _create(states, missing + [(found, name) for found, name, _ in moved], routes)
-    for found, name, tensor in moved:
+    _create(states, missing + [(found, name, dtype) for found, name, dtype, _ in moved], routes)
+    for found, name, _ in missing:
+        if name in (MASTER, AVERAGE):
+            local_of(states[found][name]).copy_(local_of(found.param))
+    for found, name, _, tensor in moved:
         local_of(states[found][name]).copy_(local_of(tensor))
     return firsts
 
 
-def _fits(param: torch.Tensor, state: torch.Tensor) -> bool:
+def _fits(param: torch.Tensor, state: torch.Tensor, dtype: torch.dtype) -> bool:
     local = local_of(state)
-    return same_order(local, local_of(param)) and is_resolved(local) and is_aligned(local)
+    return (
+        local.dtype == dtype
+        and same_order(local, local_of(param))
+        and is_resolved(local)
+        and is_aligned(local)
+    )
 
 
 def _create(
     states: dict[Found, dict[str, Any]],
-    missing: list[tuple[Found, str]],
+    missing: list[tuple[Found, str, torch.dtype]],
     routes: dict[Found, Route],
 ) -> None:
-    for name in dict.fromkeys(name for _, name in missing):
-        wanting = [found for found, of in missing if of == name]
-        plain = [found for found in wanting if routes[found] is not Route.TORCH]
-        views = zeros_like_all(local_of(found.param) for found in plain)
-        for found, view in zip(plain, views, strict=True):
+    for name in dict.fromkeys(name for _, name, _ in missing):
+        wanting = [(found, dtype) for found, of, dtype in missing if of == name]
+        plain = [(found, dtype) for found, dtype in wanting if routes[found] is not Route.TORCH]
+        views = zeros_like_all(
+            (local_of(found.param) for found, _ in plain), (dtype for _, dtype in plain)
+        )
+        for (found, _), view in zip(plain, views, strict=True):
             states[found][name] = _like(found.param, view)
-        for found in wanting:
+        for found, dtype in wanting:
             if routes[found] is Route.TORCH:
                 states[found][name] = torch.zeros_like(
-                    found.param, memory_format=torch.preserve_format
+                    found.param, dtype=dtype, memory_format=torch.preserve_format
                 )
 
 

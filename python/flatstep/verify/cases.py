@@ -139,7 +139,7 @@ def all_variants() -> list[Variant]:
 
 def all_dtypes() -> list[str]:
     """The stored types, in the order of the kernels' layouts."""
-    return [param for param, _, _ in _core.layouts()]
+    return [param for param, grad, state in _core.layouts() if param == grad == state]
 
 
 GPU = "cuda"

@@ -1,0 +1,42 @@
+"""What torch wraps around a step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def with_hooks(step: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What torch wraps around a step: hooks and the profiler's range, paid for where wanted.
+
+    torch's own wrapper takes 10 µs at every step, as long as the update of a small model.
+    """
+    watched = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        self: Any = args[0]
+        if type(self).step is not wrapper:  # torch has wrapped the subclass's, which calls this one
+            return step(*args, **kwargs)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
+        ):
+            return watched(*args, **kwargs)
+        out = step(*args, **kwargs)
+        self._optimizer_step_code()
+        return out
+
+    wrapper.hooked = True  # type: ignore[attr-defined]
+    return wrapper

@@ -1,0 +1,103 @@
+"""Updates during backward: each parameter as soon as its gradient is complete."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flatstep import flat
+from flatstep.optim import clipping, extras
+
+if TYPE_CHECKING:
+    from flatstep.optim.base import Optimizer
+
+
+class Release:
+    """What :meth:`flatstep.Adam.step_in_backward` returns; :meth:`remove` ends it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._alone: dict[torch.Tensor, Optimizer] = {}
+        self._hooks = []
+        for index, group in enumerate(optimizer.param_groups):
+            for place, param in enumerate(group["params"]):
+                if param.requires_grad:
+                    hook = param.register_post_accumulate_grad_hook(self._hook(index, place))
+                    self._hooks.append(hook)
+
+    def remove(self) -> None:
+        """Updates no longer happen in backward."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> Release:
+        """Nothing more: backward steps already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """As :meth:`remove`."""
+        self.remove()
+
+    def _hook(self, index: int, place: int) -> Any:
+        def step(param: torch.Tensor) -> None:
+            self._step(index, place, param)
+
+        return step
+
+    def _step(self, index: int, place: int, param: torch.Tensor) -> None:
+        whole = self._optimizer
+        refuse(whole)
+        group = whole.param_groups[index]
+        alone = self._alone.get(param)
+        if alone is None:
+            alone = self._alone[param] = whole.for_one(index, place)
+        alone.param_groups[0] = {**group, "params": [param]}
+        if "param_names" in group:
+            alone.param_groups[0]["param_names"] = [group["param_names"][place]]
+        if alone.state.get(param) is not whole.state.get(param):
+            alone.state.pop(param, None)
+            if param in whole.state:
+                alone.state[param] = whole.state[param]
+        with torch.no_grad():
+            alone.step_alone()
+        if param in alone.state:
+            whole.state[param] = alone.state[param]
+        param.grad = None
+
+
+def refuse(optimizer: Optimizer) -> None:
+    """Raises ValueError where a step needs more than one gradient at a time."""
+    asked = clipping.asked(optimizer.param_groups)
+    if asked is not None:
+        names = ("max_grad_norm", "error_if_nonfinite", "skip_nonfinite")
+        name = next(
+            name
+            for name in names
+            for group in optimizer.param_groups
+            if extras.option(group, name) not in (None, False)
+        )
+        raise ValueError(
+            f"{name} and step_in_backward() exclude each other: a norm is of all gradients, which "
+            f"are never there together; drop {name}, or call step() after backward"
+        )
+    if getattr(optimizer, "grad_scale", None) is not None or any(
+        group.get("fused") for group in optimizer.param_groups
+    ):
+        raise ValueError(
+            "fused=True (which lets GradScaler leave its work to the step) and step_in_backward() "
+            "exclude each other: an overflow is known after backward, when the parameters are "
+            "updated already; drop fused=True and GradScaler, or call step() after backward"
+        )
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if flat.holds_gradient(param):
+                raise ValueError(
+                    "a FlatBuffer's gradients and step_in_backward() exclude each other: they are "
+                    "never freed; make it with FlatBuffer(..., gradients=False)"
+                )
+            if group["differentiable"]:
+                raise ValueError(
+                    "differentiable=True and step_in_backward() exclude each other; drop one"
+                )
