@@ -18,7 +18,7 @@ from flatstep.verify import cases, compare, names, torch_distance
 Kernel = Callable[..., None]
 SMALL: dict[str, Any] = {"sizes": [65], "threads": [1, 2], "setups": [0], "distances": False}
 
-RULES = ", ".join(rule["name"] for rule in _core.rules())
+RULES = ", ".join([*(rule["name"] for rule in _core.rules()), "norm"])
 
 
 def flip(address: int, index: int, itemsize: int = 4) -> None:
@@ -32,8 +32,8 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
     real = _core.update
 
     def break_it(more: Kernel) -> None:
-        def update(*args: Any) -> None:
-            real(*args)
+        def update(*args: Any, **beside: Any) -> None:
+            real(*args, **beside)
             more(*args)
 
         monkeypatch.setattr(_core, "update", update)
@@ -48,8 +48,9 @@ def test_every_kernel_has_the_bits_of_the_reference() -> None:
     report = verify.run(sizes=[1, 15, 64, 69], threads=[1], setups=[0, 1, 2], distances=False)
     assert report.ok
     assert report.cases == report.planned
-    kernels = len(cases.all_dtypes()) * len(_core.rules()) * len(cases.supported_isas())
-    assert len(report.tallies) == kernels
+    labels = {form.label for form in cases.all_forms().values()}
+    rows = len(labels) * len(_core.rules()) + len(cases.all_dtypes())  # and the norms'
+    assert len(report.tallies) == rows * len(cases.supported_isas())
 
 
 def test_threads_split_the_largest_size() -> None:

@@ -89,6 +89,7 @@ class Table:
         gpus: The GPUs that some of them are on.
         only_gpus: Whether there are no others.
         is_double: Whether any parameter is float64.
+        params: All parameters, in the order of the groups.
         seen: The masters' parameters' versions after the last step.
     """
 
@@ -103,6 +104,7 @@ class Table:
     gpus: list[int]
     only_gpus: bool
     is_double: bool
+    params: list[torch.Tensor]
     seen: int = -1
 
     def follow_masters(self) -> None:
@@ -579,6 +581,7 @@ class Optimizer(Weights, torch.optim.Optimizer):
             gpus,
             only_gpus=bool(devices) and gpus == devices and not others,
             is_double=any(found.param.dtype == torch.float64 for found in everything),
+            params=[found.param for found in everything],
         )
         return self._table
 
@@ -651,6 +654,8 @@ def _grad_of(param: torch.Tensor) -> torch.Tensor:
 
 def _total(table: Table, largest: bool) -> float:
     """The sum of squares, or the largest magnitude, of all gradients that the plan found."""
+    if table.gpus:
+        return clipping.total(table.params, largest)
     others = [
         clipping.part(other.found.param, largest)
         for other in table.others

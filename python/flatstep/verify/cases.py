@@ -7,6 +7,7 @@ bits again.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from flatstep import _core, reference
+from flatstep._torch import LAYOUT
 
 Bits = npt.NDArray[Any]  # values as unsigned integers of their size
 Name = TypeVar("Name", str, int)
@@ -52,12 +54,111 @@ class Format:
         return self.sign - (1 << self.fraction)
 
 
+# Of a case whose arrays are of several types, or with more than the rule: those with a vector and
+# a part of one, on either side of a few.
+MIXED_QUICK_SIZES = (0, 1, 33, 69, 4097)
+MIXED_FULL_SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 69, 4097, MANY)
+NORM = "norm"  # in place of a rule's name
+NORM_TYPES = (2.0, math.inf)
+
 FORMATS = {
     "float32": Format(32, 23, np.float32),
     "float64": Format(64, 52, np.float64),
     "bfloat16": Format(16, 7, np.uint16),
     "float16": Format(16, 10, np.float16),
 }
+
+
+# The further bits of a split master: no number of their own.
+BITS = Format(16, 15, np.uint16)
+
+
+def format_of(dtype: str) -> Format:
+    """How a stored type lies in memory; of "int16" too."""
+    return FORMATS.get(dtype, BITS)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The stored types of a case's arrays, and what is done beside the rule.
+
+    Attributes:
+        param: Of the parameter, as are ``grad`` and ``state`` of theirs.
+        master: "copy", "split" or "".
+        chance: Whether the parameter is rounded by chance.
+        average: Whether there is an average of the weights.
+        writes_grad: Whether the gradient is stored back.
+    """
+
+    param: str
+    grad: str
+    state: str
+    master: str = ""
+    chance: bool = False
+    average: bool = False
+    writes_grad: bool = False
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether there is one type, and nothing beside the rule."""
+        return {self.param} == {self.grad, self.state} and not self.extras
+
+    @property
+    def extras(self) -> dict[str, bool]:
+        """What is done beside the rule, by the kernels' names."""
+        asked = {
+            "master_copy": self.master == "copy",
+            "master_split": self.master == "split",
+            "stochastic": self.chance,
+            "average": self.average,
+            "writes_grad": self.writes_grad,
+        }
+        return {name: True for name, is_asked in asked.items() if is_asked}
+
+    @property
+    def bits(self) -> int:
+        """The same as bits of a variant."""
+        return sum(_core.EXTRAS[name] for name in self.extras)
+
+    @property
+    def name(self) -> str:
+        """As in ``bfloat16``, or ``bfloat16/bfloat16/float32+master_split+average``."""
+        types = [self.param, self.grad, self.state]
+        return "+".join([types[0] if self.is_uniform else "/".join(types), *self.extras])
+
+    @property
+    def label(self) -> str:
+        """What a table calls it, together with those like it."""
+        return self.param if self.is_uniform else f"{self.param}, mixed"
+
+    def arrays(self, states: Sequence[str]) -> dict[str, str]:
+        """The dtype of every array of a case, by name."""
+        found = {"param": self.param, "grad": self.grad, **dict.fromkeys(states, self.state)}
+        if self.master:
+            found["master"] = "float32" if self.master == "copy" else "int16"
+        if self.average:
+            found["average"] = "float64" if self.param == "float64" else "float32"
+        return found
+
+
+@functools.cache
+def all_forms() -> dict[str, Form]:
+    """Every form by its name, first those of one type, in the order of the kernels' layouts."""
+    forms = []
+    for param, grad, state in _core.layouts():
+        ways: list[tuple[str, bool]] = [("", False)]
+        if param in ("bfloat16", "float16"):
+            ways.append(("copy", False))
+        if param == "bfloat16":
+            ways += [("split", False), ("", True)]
+        forms += [
+            Form(param, grad, state, master, chance, average, writes_grad)
+            for master, chance in ways
+            for average in (False, True)
+            for writes_grad in (False, True)
+        ]
+    forms.sort(key=lambda form: not form.is_uniform)
+    return {form.name: form for form in forms}
 
 
 @dataclass(frozen=True)
@@ -138,8 +239,8 @@ def all_variants() -> list[Variant]:
 
 
 def all_dtypes() -> list[str]:
-    """The stored types, in the order of the kernels' layouts."""
-    return [param for param, grad, state in _core.layouts() if param == grad == state]
+    """The forms of one type, in the order of the kernels' layouts."""
+    return [name for name, form in all_forms().items() if form.is_uniform]
 
 
 GPU = "cuda"
@@ -161,7 +262,7 @@ class Case:
     """What the reference is computed for once, whatever the instruction set and the threads."""
 
     variant: Variant
-    dtype: str
+    dtype: str  # the name of its form
     size: int
     setup: int
     seed: int
@@ -172,9 +273,19 @@ class Case:
         return SETUPS[self.setup]
 
     @property
+    def drawn(self) -> tuple[int, int, int]:
+        """What its values are drawn by, whatever their dtype."""
+        return self.size, self.setup, self.seed
+
+    @property
+    def form(self) -> Form:
+        """The form that ``dtype`` names."""
+        return all_forms()[self.dtype]
+
+    @property
     def layout(self) -> int:
         """The number of the kernels' layout."""
-        return all_dtypes().index(self.dtype)
+        return LAYOUT[self.form.param, self.form.grad, self.form.state]
 
 
 @dataclass(frozen=True)
@@ -189,24 +300,55 @@ class Selection:
     setups: list[int]
     seed: int
     quick: bool
+    sizes_are_given: bool
+    with_norms: bool
 
     def cases(self) -> Iterator[Case]:
         """Every case of the selection, the large sizes spread so that the time left shows true."""
         for dtype in self.dtypes:
             for setup in self.setups:
-                for size in self.sizes:
-                    if setup in self._setups_of(size):
+                for size in self._sizes_of(dtype):
+                    if setup in self._setups_of(dtype, size):
                         for variant in self.variants:
                             yield Case(variant, dtype, size, setup, self.seed)
 
+    def isas_of(self, dtype: str) -> list[str]:
+        """GPUs have kernels for one type at a time."""
+        is_uniform = all_forms()[dtype].is_uniform
+        return [isa for isa in self.isas if isa != GPU or is_uniform]
+
     def count(self) -> int:
         """How many comparisons a run makes."""
-        setups = sum(len(self._setups_of(size)) for size in self.sizes)
-        kernels = len(self.variants) * len(self.dtypes) * len(self.isas)
-        return setups * kernels * len(self.threads)
+        of_a_variant = sum(
+            len(self._setups_of(dtype, size)) * len(self.isas_of(dtype))
+            for dtype in self.dtypes
+            for size in self._sizes_of(dtype)
+        )
+        of_norms = len(list(self.norms())) * len(self.isas_of_norms())
+        return (of_a_variant * len(self.variants) + of_norms) * len(self.threads)
 
-    def _setups_of(self, size: int) -> list[int]:
-        """In a quick run the sizes that take the time have a third of the setups."""
+    def norms(self) -> Iterator[tuple[str, int, int, float]]:
+        """The dtype, size, setup and type of each norm of the selection."""
+        for dtype in self.dtypes if self.with_norms else ():
+            if all_forms()[dtype].is_uniform:
+                for setup in self.setups:
+                    for size in self.sizes:
+                        if setup in self._setups_of(dtype, size):
+                            yield from ((dtype, size, setup, of) for of in NORM_TYPES)
+
+    def isas_of_norms(self) -> list[str]:
+        """Those that have kernels for norms."""
+        return [isa for isa in self.isas if isa != GPU]
+
+    def _sizes_of(self, dtype: str) -> Sequence[int]:
+        if self.sizes_are_given or all_forms()[dtype].is_uniform:
+            return self.sizes
+        return MIXED_QUICK_SIZES if self.quick else MIXED_FULL_SIZES
+
+    def _setups_of(self, dtype: str, size: int) -> list[int]:
+        """In a quick run what takes the time has a part of the setups."""
+        if self.quick and not all_forms()[dtype].is_uniform:
+            return self.setups[list(all_forms()).index(dtype) % 4 :: 4] or self.setups[:1]
         return self.setups[::3] if self.quick and size >= MANY else self.setups
 
 
@@ -228,7 +370,7 @@ def select(
         ValueError: A name or number does not exist. The message lists what does.
     """
     every = all_variants()
-    chosen = _choose("rule", rules, list(dict.fromkeys(v.rule for v in every)))
+    chosen = _choose("rule", rules, [*dict.fromkeys(v.rule for v in every), NORM])
     every = [v for v in every if v.rule in chosen]
     names = _choose("variant", variants, list(dict.fromkeys(v.name for v in every)))
     for what, numbers, least in (("threads", threads, 1), ("size", sizes, 0), ("seed", [seed], 0)):
@@ -237,13 +379,15 @@ def select(
                 raise ValueError(f"{what} must be at least {least}, not {number}")
     return Selection(
         variants=[v for v in every if v.name in names],
-        dtypes=_choose("dtype", dtypes, all_dtypes()),
+        dtypes=_choose("dtype", dtypes, list(all_forms())),
         isas=_choose("isa", isas, supported_isas(), "that this build has and this processor runs"),
         threads=list(threads or default_threads()),
         sizes=list(sizes or (QUICK_SIZES if quick else FULL_SIZES)),
         setups=_choose("setup", setups, list(range(len(SETUPS)))),
         seed=seed,
         quick=quick,
+        sizes_are_given=bool(sizes),
+        with_norms=NORM in chosen and not variants,
     )
 
 
@@ -267,11 +411,11 @@ class Data:
     ordinary: npt.NDArray[np.bool_]  # the elements without any special value
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def draw(dtype: str, size: int, setup: int, seed: int) -> Data:
     """Realistic values, and in two elements of five something special in some arrays."""
+    ordinary = np.random.default_rng([seed, size, setup]).random(size) < 0.6
     rng = np.random.default_rng([seed, size, setup, zlib.crc32(dtype.encode())])
-    ordinary = rng.random(size) < 0.6
     form = FORMATS[dtype]
     most_states = max(len(variant.states) for variant in all_variants())
 
@@ -283,6 +427,13 @@ def draw(dtype: str, size: int, setup: int, seed: int) -> Data:
 
     param, *rows = [row() for _ in range(1 + UPDATES + most_states)]
     return Data(param, rows[:UPDATES], rows[UPDATES:], ordinary)
+
+
+def draw_bits(size: int, setup: int, seed: int) -> Bits:
+    """16 bits of any kind; a half and its neighbours, where rounding turns, in one of three."""
+    rng = np.random.default_rng([seed, size, setup, 16])
+    turn = rng.integers(0x7FFF, 0x8002, size, np.uint16)
+    return np.where(rng.random(size) < 0.3, turn, rng.integers(0, 1 << 16, size, np.uint16))
 
 
 def _special(rng: np.random.Generator, form: Format, size: int) -> Bits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,18 @@ import torch
 
 from flatstep import _core, reference
 from flatstep.verify import names, torch_distance
-from flatstep.verify.cases import FORMATS, GPU, Bits, Case, Selection, select
-from flatstep.verify.compare import Difference, Expected, Kernel
+from flatstep.verify.cases import (
+    FORMATS,
+    GPU,
+    NORM,
+    Bits,
+    Case,
+    Selection,
+    all_forms,
+    format_of,
+    select,
+)
+from flatstep.verify.compare import GUARD, Difference, Expected, Kernel, NormCase
 from flatstep.verify.results import Mismatch, Report, Value
 
 # Called with what is done, what there is to do, and what is being looked at.
@@ -37,8 +48,10 @@ def run(
 
     Args:
         quick: Fewer sizes, and fewer setups for the largest.
-        rules: Names from ``adam``, ``rmsprop``, ``sgd``; None for all, here and below.
-        dtypes: Names from ``float32``, ``float64``, ``bfloat16``, ``float16``.
+        rules: Names from ``adam``, ``rmsprop``, ``sgd``, ``norm``; None for all, here and below.
+        dtypes: Names from ``float32``, ``float64``, ``bfloat16``, ``float16``, or of forms with
+            arrays of several types or more than the rule, as in :func:`flatstep.verify.cases.
+            all_forms`.
         isas: Instruction sets that this build has and this processor runs.
         threads: Numbers of threads.
         sizes: Numbers of elements.
@@ -93,13 +106,17 @@ def compare(selection: Selection, report: Report, on_progress: OnProgress | None
             for case in selection.cases() if not report.names else ():
                 expected = Expected(case)
                 for isa, threads, difference in _differences(expected, selection):
-                    tally = report.tally(case.variant.rule, case.dtype, isa)
+                    tally = report.tally(case.variant.rule, case.form.label, isa)
                     tally.cases += 1
                     if difference is not None:
                         tally.mismatches += 1
                         report.add(_explain(expected, isa, threads, difference))
                 if on_progress is not None:
                     on_progress(report.cases, report.planned, f"{case.dtype} × {case.size:,}")
+            for found in selection.norms() if not report.names else ():
+                _compare_norm(found, selection, report)
+                if on_progress is not None:
+                    on_progress(report.cases, report.planned, f"norm of {found[0]}")
     finally:
         report.seconds += time.perf_counter() - began
 
@@ -111,12 +128,56 @@ def measure(selection: Selection, report: Report, on_progress: OnProgress | None
     try:
         with _restored():
             torch.set_num_threads(1)
-            for done, total, distances in torch_distance.measure(rules, selection.dtypes):
+            dtypes = [dtype for dtype in selection.dtypes if all_forms()[dtype].is_uniform]
+            for done, total, distances in torch_distance.measure(rules, dtypes):
                 report.distances += distances
                 if on_progress is not None:
                     on_progress(done, total, "torch.optim")
     finally:
         report.seconds += time.perf_counter() - began
+
+
+def _compare_norm(found: tuple[str, int, int, float], selection: Selection, report: Report) -> None:
+    dtype, size, setup, norm_type = found
+    case = NormCase(dtype, size, setup, selection.seed, norm_type)
+    gradient = case.gradient()
+    expected = case.expected(gradient)
+    for threads in selection.threads:
+        torch.set_num_threads(threads)
+        for isa in selection.isas_of_norms():
+            _core.use_isa(isa)
+            tally = report.tally(NORM, dtype, isa)
+            tally.cases += 1
+            got = case.got(gradient, threads)
+            if got != expected and not (math.isnan(got) and math.isnan(expected)):
+                tally.mismatches += 1
+                report.add(_explain_norm(case, isa, threads, expected, got))
+
+
+def _explain_norm(case: NormCase, isa: str, threads: int, expected: float, got: float) -> Mismatch:
+    wanted, found = (Value(x.hex(), str(x)) for x in (expected, got))
+    return Mismatch(
+        rule=NORM,
+        variant=f"type {case.norm_type:g}",
+        dtype=case.dtype,
+        isa=isa,
+        threads=threads,
+        size=case.size,
+        setup=case.setup,
+        step=1,
+        scale=1.0,
+        hyper={},
+        array=NORM,
+        index=0,
+        inputs={},
+        expected=wanted,
+        got=found,
+        differing=1,
+        command=(
+            f"flatstep verify --rule {NORM} --dtype {case.dtype} --isa {isa} --threads {threads} "
+            f"--size {case.size} --setup {case.setup} --seed {case.seed} --no-torch"
+        ),
+    )
 
 
 def _differences(
@@ -125,7 +186,7 @@ def _differences(
     kernel = Kernel(expected)
     for threads in selection.threads:
         torch.set_num_threads(threads)
-        for isa in selection.isas:
+        for isa in selection.isas_of(expected.case.dtype):
             if isa != GPU:
                 _core.use_isa(isa)
             yield isa, threads, kernel.first_difference(threads, on_gpu=isa == GPU)
@@ -142,12 +203,22 @@ def _restored() -> Iterator[None]:
 
 
 def _explain(expected: Expected, isa: str, threads: int, difference: Difference) -> Mismatch:
-    case, arena = expected.case, expected.arena
-    array, index = arena.place(difference.at)
+    case, arena, array, index = (
+        expected.case,
+        expected.arena,
+        difference.array,
+        difference.index,
+    )
     inputs = {}
     if 0 <= index < case.size:
         before = expected.before(difference.update)
-        inputs = {name: _value(arena.array(before, name)[index], case) for name in arena.starts}
+        inputs = {
+            name: _value(arena.array(before, name)[index], dtype)
+            for name, dtype in arena.dtypes.items()
+        }
+    after = expected.after[difference.update]
+    pair = (arena.array(block, array, GUARD, GUARD) for block in (after, difference.got))
+    wanted, got = (_value(bits[index + GUARD], arena.dtypes[array]) for bits in pair)
     return Mismatch(
         rule=case.variant.rule,
         variant=case.variant.name,
@@ -162,18 +233,18 @@ def _explain(expected: Expected, isa: str, threads: int, difference: Difference)
         array=array,
         index=index,
         inputs=inputs,
-        expected=_value(expected.after[difference.update][difference.at], case),
-        got=_value(difference.got[difference.at], case),
+        expected=wanted,
+        got=got,
         differing=difference.count,
         command=_command(case, isa, threads),
     )
 
 
-def _value(bits: np.unsignedinteger, case: Case) -> Value:
-    form = FORMATS[case.dtype]
+def _value(bits: np.unsignedinteger, dtype: str) -> Value:
+    form = format_of(dtype)
     one: Bits = np.array([bits], form.unsigned)
-    wide = reference.widen(one.view(form.storage), case.dtype)
-    return Value(f"0x{int(bits):0{form.bits // 4}x}", str(wide[0]))
+    value = reference.widen(one.view(form.storage), dtype)[0] if dtype in FORMATS else int(bits)
+    return Value(f"0x{int(bits):0{form.bits // 4}x}", str(value))
 
 
 def _command(case: Case, isa: str, threads: int) -> str:
