@@ -584,8 +584,12 @@ def test_plain_lines_need_no_tools(tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-def test_without_a_gpu_the_command_says_so():
-    command = ["-m", "flatstep.profile", "--device", "cuda"]
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "flatstep.profile", "--device", "cuda"], [str(ROOT / "benchmarks" / "gpu_targets.py")]],
+    ids=["profile", "targets"],
+)
+def test_without_a_gpu_both_commands_say_so(command: list[str]):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert "device 'cuda' cannot be measured" in done.stderr
