@@ -4,7 +4,8 @@
 
 It needs torch and flatstep and nothing else: machines with a GPU are often bare. Times are medians
 of interleaved rounds between CUDA events; the rate that they are held against is that of a copy on
-the device, measured in the same run. The exit code is 1 where a target is missed.
+the device, measured in the same run: the clock, the rounds and the copy are those of `flatstep
+profile`. The exit code is 1 where a target is missed.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,30 +24,23 @@ from figure import Figure
 from torch.nn import Parameter
 
 import flatstep
+from flatstep.profile.device import device_named
+from flatstep.profile.limit import Copies, bytes_moved
+from flatstep.profile.measure import Race, Stopwatch, on_the_gpu, on_the_host
+from flatstep.profile.workloads import WORKLOADS, Shape
 
-Shape = tuple[int, ...]
 Build = Callable[[list[Parameter]], torch.optim.Optimizer]
 
 ROUNDS = 15
-STEPS = 3  # in a round
+
+Shapes = Sequence[Shape]
+LLAMA, MLP, MANY = (WORKLOADS[name].shapes for name in ("llama-3.2-1b", "mlp", "many"))
+FLAT: Shapes = [(1 << 30,)]
+ODD: Shapes = [((1 << 28) + 1,)]
+EVEN: Shapes = [(1 << 28,)]
 
 
-def llama() -> list[Shape]:
-    """The shapes of Llama-3.2-1B: 146 tensors, tied embeddings, 1.24 B parameters."""
-    hidden, middle, keys = 2048, 8192, 512
-    layer: list[Shape] = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
-    layer += [(middle, hidden), (middle, hidden), (hidden, middle), (hidden,), (hidden,)]
-    return [(128_256, hidden), *layer * 16, (hidden,)]
-
-
-MLP: list[Shape] = [(64, 100), (100,), (100, 30), (30,), (30, 10), (10,)]
-MANY: list[Shape] = [(256,)] * 10_000
-FLAT: list[Shape] = [(1 << 30,)]
-ODD: list[Shape] = [((1 << 28) + 1,)]
-EVEN: list[Shape] = [(1 << 28,)]
-
-
-def parameters(shapes: list[Shape], dtype: torch.dtype, offset: int = 0) -> list[Parameter]:
+def parameters(shapes: Shapes, dtype: torch.dtype, offset: int = 0) -> list[Parameter]:
     """Parameters with gradients, which begin some elements after an aligned address."""
     params = []
     for shape in shapes:
@@ -59,53 +51,35 @@ def parameters(shapes: list[Shape], dtype: torch.dtype, offset: int = 0) -> list
     return params
 
 
-def device_seconds(run: Callable[[], object], steps: int = STEPS) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(steps):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / steps / 1e3
-
-
-def host_seconds(run: Callable[[], object], steps: int = 100) -> float:
+def launching(run: Callable[[], object], repeats: int) -> float:
+    """The seconds of one run on the host, which does not wait for the GPU."""
     torch.cuda.synchronize()
-    start = perf_counter()
-    for _ in range(steps):
-        run()
-    seconds = (perf_counter() - start) / steps
+    seconds = on_the_host(run, repeats)
     torch.cuda.synchronize()
     return seconds
 
 
 def race(
-    runs: dict[str, Callable[[], object]],
-    measure: Callable[[Callable[[], object]], float] = device_seconds,
-    rounds: int = ROUNDS,
+    runs: dict[str, Callable[[], object]], stopwatch: Stopwatch = on_the_gpu, rounds: int = ROUNDS
 ) -> dict[str, float]:
     """Median seconds of each, in interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        measure(run)
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(measure(run))
-    return {name: statistics.median(found) for name, found in times.items()}
+    contest = Race(runs, stopwatch)
+    contest.run(0.0, rounds, lambda done: None)
+    return {name: timing.median for name, timing in contest.timings().items()}
 
 
-def copy_rate() -> float:
+def copy_rate(device: torch.device) -> float:
     """Bytes a second, read and written, of a copy on the device."""
-    source = torch.empty(1 << 30, dtype=torch.float32, device="cuda").fill_(1)
-    target = torch.empty_like(source)
-    [seconds] = race({"copy": lambda: target.copy_(source)}).values()
-    return 2 * source.nbytes / seconds
+    size = 4 << 30
+    [seconds] = race({"copy": Copies(size, device).traffic(ADAM_STATES)}).values()
+    return bytes_moved(size, ADAM_STATES) / seconds
 
 
 def steps_of(params: list[Parameter], builds: dict[str, Build]) -> dict[str, Callable[[], object]]:
     return {name: build(params).step for name, build in builds.items()}
 
 
+ADAM_STATES = 2
 ADAM: dict[str, Build] = {
     "flatstep": flatstep.Adam,
     "torch fused": lambda params: torch.optim.Adam(params, fused=True),
@@ -115,12 +89,12 @@ ADAM: dict[str, Build] = {
 def large(rate: float) -> list[Figure]:
     figures = []
     for dtype, of_copy, of_torch in ((torch.float32, 0.92, 0.90), (torch.bfloat16, 0.88, 0.80)):
-        for name, shapes in (("Llama-3.2-1B", llama()), ("one flat tensor, 1 B", FLAT)):
+        for name, shapes in (("Llama-3.2-1B", LLAMA), ("one flat tensor, 1 B", FLAT)):
             params = parameters(shapes, dtype)
             size = sum(param.nbytes for param in params)
             found = race(steps_of(params, ADAM))
             label = f"Adam, {str(dtype).removeprefix('torch.')}, {name}"
-            share = 7 * size / found["flatstep"] / rate
+            share = bytes_moved(size, ADAM_STATES) / found["flatstep"] / rate
             ratio = found["flatstep"] / found["torch fused"]
             figures += [
                 Figure(f"{label}: ms", found["flatstep"] * 1e3),
@@ -174,13 +148,13 @@ def frozen() -> list[Figure]:
 
 
 def small() -> list[Figure]:
-    many = race(steps_of(parameters(MANY, torch.float32), ADAM), lambda r: host_seconds(r, 3), 7)
-    mlp = race(steps_of(parameters(MLP, torch.float32), ADAM), host_seconds)
+    many = race(steps_of(parameters(MANY, torch.float32), ADAM), launching, 7)
+    mlp = race(steps_of(parameters(MLP, torch.float32), ADAM), launching)
     captured = {
         "flatstep": captured_step(lambda params: flatstep.Adam(params, capturable=True)),
         "torch": captured_step(lambda p: torch.optim.Adam(p, fused=True, capturable=True)),
     }
-    graph = race(captured, lambda run: device_seconds(run, 200))
+    graph = race(captured)
     return [
         Figure("10,000 × 256: ÷ torch fused", many["flatstep"] / many["torch fused"], 0.15),
         Figure("MLP, on the host: µs", mlp["flatstep"] * 1e6),
@@ -209,17 +183,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measures every figure promised on a GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch finds no GPU here")
+    try:
+        device = device_named("cuda")
+    except ValueError as error:
+        parser.error(str(error))
     machine = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": device.title,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "flatstep": flatstep.__version__,
         "system": platform.platform(),
     }
     print(machine)
-    rate = copy_rate()
+    rate = copy_rate(device.where)
     figures: list[Figure] = [Figure("a copy on the device: GB/s", rate / 1e9)]
     for measure in (lambda: large(rate), rmsprop, awkward, frozen, small):
         for figure in measure():

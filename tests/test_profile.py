@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,16 +17,25 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import flatstep
-from flatstep import profile, reference
+from flatstep import _core, profile, reference
 from flatstep._torch import HUGE_PAGE, zeros_flat
-from flatstep.profile import measure, memory, training
+from flatstep.profile import limit, measure, memory, training
 from flatstep.profile.command import profile as command
-from flatstep.profile.implementations import OPTIMIZERS, TORCH_PATHS
-from flatstep.profile.limit import Pages, Streams, huge_page_share
-from flatstep.profile.measure import Race, Timing
+from flatstep.profile.device import DEVICES, Cpu, Cuda
+from flatstep.profile.implementations import OPTIMIZERS, TORCH_PATHS, Implementation
+from flatstep.profile.limit import (
+    COPIED_AT_ONCE,
+    Copies,
+    Pages,
+    Streams,
+    bytes_moved,
+    huge_page_share,
+)
+from flatstep.profile.measure import Race, Timing, on_the_gpu
 from flatstep.profile.workloads import WORKLOADS
 
 TINY = profile.Workload("tiny", "Tiny", ((40, 30), (257,), (), (1,)))
+ROOT = Path(__file__).parents[1]
 APP = typer.Typer()
 APP.command()(command)
 
@@ -90,13 +100,18 @@ def test_the_workloads_have_the_shapes_of_the_real_models():
     assert sizes["mlp"] == (6, 10_306)
     assert sizes["many"] == (10_000, 2_560_000)
     assert sizes["flat"] == (1, 1 << 26)
+    assert sizes["llama-3.2-1b"] == (146, 1_235_814_400)
 
 
-def test_the_default_is_every_workload_and_bfloat16_on_the_large_ones():
-    tasks = profile.plan()
-    assert {t.workload.name for t in tasks} == set(WORKLOADS)
-    assert {t.workload.name for t in tasks if t.dtype == "bfloat16"} == {"gpt2", "flat"}
-    assert [t.dtype for t in profile.plan(["gpt2"], ["adam"])] == ["float32"]
+@pytest.mark.parametrize(("device", "left_out"), [("cpu", {"llama-3.2-1b"}), ("cuda", set())])
+def test_the_default_is_what_fits_the_device_and_bfloat16_on_the_large_ones(
+    device: str, left_out: set[str]
+):
+    tasks = profile.plan(device=device)
+    assert {t.workload.name for t in tasks} == set(WORKLOADS) - left_out
+    large = {"gpt2", "flat", "llama-3.2-1b"} - left_out
+    assert {t.workload.name for t in tasks if t.dtype == "bfloat16"} == large
+    assert [t.dtype for t in profile.plan(["gpt2"], ["adam"], device=device)] == ["float32"]
 
 
 def test_the_slow_paths_can_be_left_out():
@@ -218,6 +233,28 @@ def test_the_command_shows_a_wrong_result_and_fails(monkeypatch: pytest.MonkeyPa
     assert "wrong result: parameters unlike" in output
 
 
+def test_torch_s_paths_share_their_states_but_not_their_counts_of_steps():
+    params = [torch.nn.Parameter(torch.ones(3))]
+    params[0].grad = torch.ones(3)
+    first, second, failed = (
+        Implementation(name, torch.optim.Adam(params), params) for name in ("1", "2", "3")
+    )
+    first.optimizer.step()
+    count = first.optimizer.state[params[0]]["step"]
+    first.drop_states()
+    assert list(first.optimizer.state[params[0]]) == ["step"]
+    second.optimizer.step()
+    first.share_states(second)
+    mine, other = (which.optimizer.state[params[0]] for which in (first, second))
+    assert mine["exp_avg"] is other["exp_avg"]
+    assert mine["step"] is count
+    first.optimizer.step()
+    first.drop_states()
+    first.share_states(failed)
+    first.optimizer.step()
+    assert set(first.states()) == {"exp_avg", "exp_avg_sq"}
+
+
 # ---- memory
 
 
@@ -236,12 +273,12 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_smaller_dtype_is_proposed_where_it_fits(monkeypatch: pytest.MonkeyPatch):
-    needed = memory.bytes_needed(WORKLOADS["flat"], "adam", torch.float32)
+    needed = memory.bytes_needed(WORKLOADS["flat"], "adam", torch.float32, Cpu())
     monkeypatch.setattr(memory, "bytes_available", lambda: int(0.6 * needed))
-    refused = memory.refusal(WORKLOADS["flat"], "adam", torch.float32)
+    refused = memory.refusal(WORKLOADS["flat"], "adam", torch.float32, Cpu())
     assert refused is not None
     assert "--dtype bfloat16" in refused
-    assert memory.refusal(WORKLOADS["flat"], "adam", torch.bfloat16) is None
+    assert memory.refusal(WORKLOADS["flat"], "adam", torch.bfloat16, Cpu()) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -250,13 +287,14 @@ def test_no_more_memory_is_taken_than_was_asked_for():
 import re, torch
 from flatstep import profile
 from flatstep.profile import memory
+from flatstep.profile.device import Cpu
 workload = profile.Workload("", "", ((1 << 22,),) * 2)
 torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True).step()
 most = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = most()
 report = profile.run([profile.Task(workload, "adam", "float32")], rounds=1, whole_step=False)
 assert not report.problems, report.problems
-print((most() - before) * 1024 / memory.bytes_needed(workload, "adam", torch.float32))
+print((most() - before) * 1024 / memory.bytes_needed(workload, "adam", torch.float32, Cpu()))
 """
     run = [sys.executable, "-c", code]
     share = float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
@@ -277,6 +315,284 @@ def test_the_whole_step_is_the_sum_of_its_phases():
         assert result.total.least <= sum(p.most for p in phases)
         assert result.total.most >= sum(p.least for p in phases)
         assert result.to_torch == result.total.median / measured.results[0].total.median
+
+
+# ---- on a GPU: no test here runs anything on one; a stand-in takes its place, or a virtual clock
+
+
+class VirtualEvent:
+    """An event of a stream that works through what was launched, by a clock of its own."""
+
+    now = 0.0  # seconds
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+        self.time: float | None = None
+        self.waited = False
+
+    def record(self) -> None:
+        self.log.append("record")
+        self.time = VirtualEvent.now
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+        self.waited = True
+
+    def elapsed_time(self, end: VirtualEvent) -> float:
+        assert end.waited
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture
+def virtual_clock(monkeypatch: pytest.MonkeyPatch) -> type[VirtualEvent]:
+    monkeypatch.setattr(VirtualEvent, "now", 0.0)
+    monkeypatch.setattr(VirtualEvent, "log", [])
+    monkeypatch.setattr(torch.cuda, "Event", VirtualEvent)
+    return VirtualEvent
+
+
+def launch(name: str, seconds: float) -> Callable[[], None]:
+    def run() -> None:
+        VirtualEvent.log.append(name)
+        VirtualEvent.now += seconds
+
+    return run
+
+
+def test_a_gpu_s_time_is_that_between_two_events(virtual_clock: type[VirtualEvent]):
+    assert on_the_gpu(launch("step", 0.003), 4) == pytest.approx(0.003)
+    assert virtual_clock.log == ["record", *["step"] * 4, "record", "synchronize"]
+
+
+def test_a_race_on_a_gpu_takes_turns_by_its_clock(virtual_clock: type[VirtualEvent]):
+    race = Race({"one": launch("one", 0.004), "other": launch("other", 0.002)}, on_the_gpu)
+    race.run(0.0, 6, lambda done: None)
+    samples = " ".join(virtual_clock.log).split("synchronize")
+    turns = [sample.split()[1] for sample in samples if sample][-12:]  # the first ones calibrate
+    rounds = list(zip(turns[::2], turns[1::2], strict=True))
+    assert set(rounds) == {("one", "other"), ("other", "one")}
+    timings = race.timings()
+    assert timings["one"].median == pytest.approx(0.004)
+    assert timings["other"].median == pytest.approx(0.002)
+    assert {timing.rounds for timing in timings.values()} == {6}
+
+
+class HostEvent:
+    """An event of a device that has done everything when it is asked."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool):
+        self.time = 0.0
+
+    def record(self) -> None:
+        HostEvent.recorded += 1
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+class StandIn(Cuda):
+    """Goes the way of a GPU, with tensors on the host and torch's answers made up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = torch.device("cpu")
+
+    @staticmethod
+    def absence() -> None:
+        """None: it is there."""
+
+
+GIVEN = {
+    "current_device": 0,
+    "get_device_name": "Stand-in",
+    "mem_get_info": (10_000_000_000, 20_000_000_000),
+    "memory_reserved": 3000,
+    "memory_allocated": 1000,
+    "max_memory_allocated": 13_672,
+    "reset_peak_memory_stats": None,
+    "empty_cache": None,
+}
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, answer in GIVEN.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(HostEvent, "recorded", 0)
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    monkeypatch.setitem(DEVICES, "cuda", StandIn)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_figures_of_a_gpu_follow_from_its_times_and_its_copies():
+    found = report(device="cuda", whole_step=None, rounds=3)
+    assert HostEvent.recorded >= 2 * (5 + 6 + 6 * 3)  # first steps, calibrations, turns
+    assert (found.machine.device, found.machine.gpu, found.machine.cuda) == (
+        "cuda",
+        "Stand-in",
+        "99.0",
+    )
+    assert found.training is None
+    assert [what.partition(":")[0] for what in found.left_out] == [
+        "the whole step",
+        "threads and pages",
+    ]
+    [case] = found.measured
+    [limit] = case.limits
+    assert (limit.pages, limit.granted) == (None, True)
+    assert limit.gb_per_s == pytest.approx(case.bytes_moved / limit.timing.median / 1e9)
+    assert {r.implementation for r in case.results} == {"flatstep", "flatstep flat", *TORCH_PATHS}
+    for result in case.results:
+        assert result.problem is None
+        assert result.of_limit == pytest.approx(limit.timing.median / result.timing.median)
+        assert result.most_bytes == 12_672
+        assert result.pages is None
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_wrong_result_on_a_gpu_gets_no_time(monkeypatch: pytest.MonkeyPatch):
+    spoil(monkeypatch)
+    [case] = report(device="cuda").cases
+    assert {r.implementation for r in case.results if r.timing is None} == {
+        "flatstep",
+        "flatstep flat",
+    }
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_does_not_fit_on_a_gpu_is_refused():
+    [case] = profile.run(profile.plan(["llama-3.2-1b"], ["adam"]), device="cuda").cases
+    assert case.refused is not None
+    needed = 4 * 12 * case.parameters + 2 * COPIED_AT_ONCE
+    assert f"needs {needed / 1e9:.3g} GB of memory, and 10 GB are available" in case.refused
+    available = (GIVEN["mem_get_info"][0] + 2000 - 2 * COPIED_AT_ONCE) // (4 * 12)
+    assert f"a model of up to {available / 1e6:.3g} M parameters, --workload gpt2" in case.refused
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_is_for_the_cpu_is_refused_on_a_gpu():
+    for wrong in ("threads", "whole_step"):
+        with pytest.raises(ValueError, match=f"{wrong} is for device 'cpu': leave it out"):
+            report(**{"device": "cuda", wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("cuda", "is_there", "kernels", "advice"),
+    [
+        (None, False, 0, "is built without CUDA: install a build with it"),
+        ("13.0", False, 1, "torch finds no GPU here: see that nvidia-smi lists one"),
+        ("13.0", True, 0, "-C cmake.define.FLATSTEP_CUDA=ON insists on it"),
+    ],
+)
+def test_a_missing_gpu_is_answered_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, is_there: bool, kernels: int, advice: str
+):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(_core, "gpu_count", lambda: kernels)
+    with pytest.raises(ValueError, match="device 'cuda' cannot be measured") as raised:
+        report(device="cuda")
+    assert advice in str(raised.value)
+    code, output = invoke("--device", "cuda")
+    assert code == 2
+    assert "cannot be measured" in output
+
+
+def test_copies_move_half_an_update_s_bytes_each_way(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limit, "COPIED_AT_ONCE", 1000)
+    copies = Copies(size=600, where=torch.device("cpu"))
+    moved: list[int] = []
+    real = Tensor.copy_
+
+    def copy_(self: Tensor, other: Tensor) -> Tensor:
+        assert self.data_ptr() != other.data_ptr()
+        moved.append(self.nbytes)
+        return real(self, other)
+
+    monkeypatch.setattr(Tensor, "copy_", copy_)
+    copies.traffic(2)()
+    assert moved == [1000, 1000, 100]
+    assert 2 * sum(moved) == bytes_moved(600, 2) == 7 * 600
+
+
+@pytest.mark.usefixtures("tiny", "stand_in")
+def test_the_command_names_the_gpu_in_all_that_it_leaves(tmp_path: Path):
+    kept, drawn = tmp_path / "profile.json", tmp_path / "bars.svg"
+    chosen = ["--device", "cuda", "--workload", "tiny", "--optimizer", "adam", "--rounds", "1"]
+    code, output = invoke(*chosen, "--json", str(kept), "--plot", str(drawn))
+    assert code == 0
+    for said in ("Stand-in, CUDA 99.0", "peak GB", "left out on cuda: the whole step", "limit"):
+        assert said in output
+    assert "pages   " not in output
+    assert json.loads(kept.read_text())["machine"]["gpu"] == "Stand-in"
+    assert "this GPU's memory" in drawn.read_text()
+    assert "Stand-in" in drawn.read_text()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_kept_figures_are_shown_and_drawn_elsewhere(tmp_path: Path):
+    kept, drawn = tmp_path / "profile.json", tmp_path / "bars.png"
+    chosen = ["--workload", "tiny", "--optimizer", "adam", "--rounds", "1"]
+    code, first = invoke(*chosen, "--json", str(kept))
+    assert code == 0
+    code, again = invoke("--load", str(kept), "--plot", str(drawn))
+    assert (code, again) == (0, first)
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    report = profile.Report.from_dict(json.loads(kept.read_text()))
+    assert report.as_dict() == json.loads(kept.read_text())
+    kept.write_text('{"figures": []}')
+    for wrong, message in {
+        (): "these are not the figures of a profile",
+        ("--workload", "tiny"): "--load measures nothing",
+    }.items():
+        code, output = invoke("--load", str(kept), *wrong)
+        assert code == 2
+        assert message in output
+
+
+def test_figures_kept_by_an_earlier_version_can_be_shown():
+    kept = list((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
+    assert kept
+    for path in kept:
+        found = profile.Report.from_dict(json.loads(path.read_text()))
+        assert found.machine.device == "cpu"
+        assert found.measured
+
+
+def test_plain_lines_need_no_tools(tmp_path: Path):
+    kept = tmp_path / "profile.json"
+    code = (
+        "import sys, runpy; "
+        "sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib'])); "
+        "runpy.run_module('flatstep.profile', run_name='__main__')"
+    )
+    chosen = ["--workload", "mlp", "--optimizer", "sgd", "--rounds", "1", "--no-slow-paths"]
+    run = [sys.executable, "-c", code, *chosen, "--json", str(kept)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for said in ("Small MLP × sgd, float32", "torch fused", "of limit", flatstep.__version__):
+        assert said in done.stdout
+    assert profile.Report.from_dict(json.loads(kept.read_text())).measured
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "flatstep.profile", "--device", "cuda"], [str(ROOT / "benchmarks" / "gpu_targets.py")]],
+    ids=["profile", "targets"],
+)
+def test_without_a_gpu_both_commands_say_so(command: list[str]):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "device 'cuda' cannot be measured" in done.stderr
 
 
 # ---- interrupts
@@ -344,6 +660,7 @@ def test_the_command_takes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (["--workload", "gpt3"], "gpt2, resnet50, mlp, many, flat"),
         (["--optimizer", "lion"], ", ".join(OPTIMIZERS)),
+        (["--device", "tpu"], "cpu, cuda"),
         (["--dtype", "int8"], "float32, float64, bfloat16, float16"),
         (["--plot", "bars.xyz"], ".png"),
         (["--json", "no/such/folder.json"], "there is no directory"),

@@ -4,19 +4,26 @@
 #     tools/gpu_check.sh OUT
 #
 # Builds without isolation into OUT/site, runs the tests that need a GPU, `flatstep verify`,
-# compute-sanitizer on a small set, and the benchmark, and leaves logs and JSON in OUT. A step that
-# fails does not stop the others; the exit code says whether one did. Under nine minutes.
+# compute-sanitizer on a small set, the benchmark and `flatstep profile`, and leaves logs, JSON and
+# plots in OUT. A step that fails does not stop the others; the exit code says whether one did. Under
+# nine minutes: a step that would take longer is interrupted, and what it has by then is kept.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: tools/gpu_check.sh OUT}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 mkdir -p "$out"
 failed=0
+deadline=525
 
 step() {
-  local name=$1 start=$SECONDS code
+  local name=$1 start=$SECONDS left=$((deadline - SECONDS)) code
   shift
   printf '\n=== %s ===\n' "$name"
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  if ((left < 10)); then
+    echo "FAILED: $name: no time was left for it" | tee -a "$out/summary.txt"
+    failed=1
+    return
+  fi
+  timeout --signal=INT --kill-after=10 $((limit < left ? limit : left)) "$@" >"$out/$name.log" 2>&1
   code=$?
   tail -n 15 "$out/$name.log"
   printf '%-12s exit %d, %d s\n' "$name" "$code" $((SECONDS - start)) | tee -a "$out/summary.txt"
@@ -46,4 +53,16 @@ for tool in memcheck racecheck initcheck; do
 done
 limit=200
 step benchmark python benchmarks/gpu_targets.py --json "$out/gpu_targets.json"
+limit=120
+profile=(--device cuda --seconds 75 --json "$out/profile.json")
+if python -c 'import typer, rich, matplotlib' 2>"$out/profile-tools.txt"; then
+  step profile python -c 'from flatstep.cli import main; main()' profile "${profile[@]}" \
+    --plot "$out/profile.png"
+else
+  {
+    echo "profile: no plot, and plain tables: $(tail -n 1 "$out/profile-tools.txt");"
+    echo "  where there are: flatstep profile --load profile.json --plot profile.png"
+  } | tee -a "$out/summary.txt"
+  step profile python -m flatstep.profile "${profile[@]}"
+fi
 exit "$failed"

@@ -7,10 +7,11 @@ from time import perf_counter
 
 import torch
 
-from flatstep._torch import HUGE_PAGE, zeros_flat
+from flatstep._torch import zeros_flat
 from flatstep.profile.check import STEPS, Sample, Values, check
+from flatstep.profile.device import Device
 from flatstep.profile.implementations import Implementation, Tensors
-from flatstep.profile.limit import Pages, Streams
+from flatstep.profile.limit import Pages, Traffic
 from flatstep.profile.measure import Race, Timing
 from flatstep.profile.results import Case, Limit, Result
 
@@ -19,8 +20,9 @@ FIRST_STEPS = 0.4  # of a case's time, roughly
 
 def measure(
     case: Case,
+    device: Device,
     tensors: Tensors,
-    streams: Streams,
+    limit: Traffic,
     sample: Sample,
     paths: Iterable[str],
     until: float,
@@ -31,8 +33,9 @@ def measure(
 
     Args:
         case: The case, with neither.
+        device: Where it is measured.
         tensors: The workload's parameters and gradients.
-        streams: The arrays for the limit.
+        limit: The memory traffic of the workload.
         sample: Where the results are checked.
         paths: torch's paths to measure.
         until: When it should end, by time.perf_counter.
@@ -40,35 +43,36 @@ def measure(
         on_progress: Called with the share that is done.
     """
     implementations = tensors.implementations(case.optimizer, paths)
+    owner: Implementation | None = None  # of torch's states: one copy in memory is enough
     for place, implementation in enumerate(implementations):
-        if not implementation.ours:
-            for other in implementations[:place]:
-                if not other.ours:  # one copy of torch's states in memory is enough
-                    other.optimizer.state.clear()
+        if owner is not None and not implementation.ours:
+            owner.drop_states()
         # Memory that was in use just before is at hand: nobody's first step waits for more of it.
-        zeros_flat(case.states * streams.size, torch.uint8).zero_()
-        case.results.append(_first_steps(implementation, case.optimizer, sample))
+        zeros_flat(case.states * limit.size, torch.uint8, device.where).zero_()
+        case.results.append(_first_steps(implementation, case.optimizer, device, sample))
+        if not implementation.ours:
+            owner = implementation
         on_progress(FIRST_STEPS * (place + 1) / len(implementations))
     right = [
         implementation
         for implementation, result in zip(implementations, case.results, strict=True)
         if result.problem is None
     ]
-    theirs = [implementation for implementation in right if not implementation.ours]
-    for implementation in theirs:
-        implementation.optimizer.state = theirs[-1].optimizer.state
+    for implementation in right:
+        if owner is not None and not implementation.ours:
+            implementation.share_states(owner)
 
-    pages = {implementation.name: Pages() for implementation in right}
-    kinds = [Pages()]
-    if streams.size >= HUGE_PAGE:
-        pages = {implementation.name: implementation.pages() for implementation in right}
-        kinds = [Pages(params=True, states=True), *pages.values(), *kinds]
-    limits = {kind: streams.traffic(case.states, kind) for kind in kinds}
+    pages = {implementation.name: implementation.pages(limit) for implementation in right}
+    limits = {
+        kind: (_name(kind), limit.traffic(case.states, kind))
+        for kind in limit.kinds(pages.values())
+    }
     race = Race(
         {
-            **{str(kind): traffic for kind, traffic in limits.items()},
+            **dict(limits.values()),
             **{implementation.name: implementation.optimizer.step for implementation in right},
-        }
+        },
+        device.stopwatch,
     )
     try:
         race.run(
@@ -78,10 +82,10 @@ def measure(
         )
     finally:
         timings = race.timings()
-        for kind in limits:
-            if timing := timings.get(str(kind)):
+        for kind, (name, _) in limits.items():
+            if timing := timings.get(name):
                 case.limits.append(
-                    Limit(str(kind), streams.granted(kind), timing, case.rate(timing))
+                    Limit(_text(kind), limit.granted(kind), timing, case.rate(timing))
                 )
         for result in case.results:
             if timing := timings.get(result.implementation):
@@ -92,26 +96,36 @@ def measure(
                 result.to_torch = result.timing.median / best.timing.median
 
 
-def _first_steps(implementation: Implementation, optimizer: str, sample: Sample) -> Result:
+def _first_steps(
+    implementation: Implementation, optimizer: str, device: Device, sample: Sample
+) -> Result:
     """Makes the steps that are checked, and times the first."""
     result = Result(implementation.name)
     before = Values.of(implementation, sample)
+    device.start_watching()
     try:
-        start = perf_counter()
-        implementation.optimizer.step()
-        result.first_step = perf_counter() - start
+        result.first_step = device.stopwatch(implementation.optimizer.step, 1)
         for _ in range(STEPS - 1):
             implementation.optimizer.step()
     except (RuntimeError, TypeError, ValueError) as error:
         result.problem = f"failed: {error}"
         return result
+    result.most_bytes = device.most_bytes()
     result.problem = check(implementation, optimizer, before, Values.of(implementation, sample))
     return result
 
 
-def _fill_in(result: Result, case: Case, timing: Timing, pages: Pages) -> None:
+def _text(pages: Pages | None) -> str | None:
+    return None if pages is None else str(pages)
+
+
+def _name(pages: Pages | None) -> str:
+    return "limit" if pages is None else f"limit, {pages}"
+
+
+def _fill_in(result: Result, case: Case, timing: Timing, pages: Pages | None) -> None:
     result.timing = timing
-    result.pages = str(pages)
+    result.pages = _text(pages)
     result.ns_per_parameter = timing.median / case.parameters * 1e9
     result.gb_per_s = case.rate(timing)
     same = [limit for limit in case.limits if limit.pages == result.pages]

@@ -40,10 +40,12 @@ class Sample:
             self.places.append((index, elements))
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sampled elements of a workload's tensors, as one new tensor."""
-        return torch.cat(
-            [tensors[index].detach().reshape(-1)[elements] for index, elements in self.places]
-        )
+        """The sampled elements of a workload's tensors, as one new tensor on the CPU."""
+        found = []
+        for index, elements in self.places:
+            tensor = tensors[index].detach().reshape(-1)
+            found.append(tensor[elements.to(tensor.device)])
+        return torch.cat(found).cpu()
 
 
 @dataclass(frozen=True)

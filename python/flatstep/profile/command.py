@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from flatstep._torch import DTYPES
+from flatstep.profile.device import DEVICES
 from flatstep.profile.implementations import OPTIMIZERS
 from flatstep.profile.plot import FORMATS, draw
 from flatstep.profile.report import case_table, print_end, training_table
-from flatstep.profile.run import OPTIMIZERS_BY_DEFAULT, SECONDS_BY_DEFAULT, plan, run
+from flatstep.profile.results import Report
+from flatstep.profile.run import OPTIMIZERS_BY_DEFAULT, SECONDS_BY_DEFAULT, device_for, plan, run
 from flatstep.profile.workloads import WORKLOADS
-
-INTERRUPTED = 130
 
 
 def profile(
     workload: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(WORKLOADS)}; repeatable. [default: all]"),
+        typer.Option(
+            help=f"One of {', '.join(WORKLOADS)}; repeatable. [default: those for the device]"
+        ),
     ] = None,
     optimizer: Annotated[
         list[str] | None,
@@ -46,8 +48,13 @@ def profile(
             help="Measure the parameters of the model that this callable returns.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help=f"One of {', '.join(DEVICES)}; cuda is torch's current GPU."),
+    ] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads. [default: as many as torch uses]")
+        int | None,
+        typer.Option(min=1, help="Threads of the CPU. [default: as many as torch uses]"),
     ] = None,
     rounds: Annotated[
         int | None,
@@ -65,7 +72,7 @@ def profile(
         typer.Option(
             "--whole-step/--no-whole-step",
             help="Measure backward + step + zero_grad on a real model. "
-            "[default: where no workload, optimizer, dtype or model is chosen]",
+            "[default: where no workload, optimizer, dtype, model or GPU is chosen]",
         ),
     ] = None,
     json_file: Annotated[
@@ -73,6 +80,13 @@ def profile(
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the bars here, such as bars.png.")
+    ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure nothing: show, and draw, what --json kept, here or elsewhere.",
+        ),
     ] = None,
 ) -> None:
     """Measure updates against this machine's limit and beside torch's own.
@@ -85,15 +99,25 @@ def profile(
             raise typer.BadParameter(f"there is no directory {path.parent}")
     if plot is not None and plot.suffix not in FORMATS:
         raise typer.BadParameter(f"a plot's name ends in {', '.join(FORMATS)}; '{plot}' does not")
-    try:
-        tasks = plan(workload, optimizer, dtype, model)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if whole_step is None:
-        whole_step = not (workload or optimizer or dtype or model)
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)
+    if load is not None:
+        if workload or optimizer or dtype or model:
+            raise typer.BadParameter("--load measures nothing: choose nothing to be measured")
+        report = _kept(load)
+        for case in report.cases:
+            console.print(case_table(case))
+        if report.training is not None:
+            console.print(training_table(report.training))
+        _finish(console, report, json_file, plot)
+    try:
+        tasks = plan(workload, optimizer, dtype, model, device)
+        device_for(device, threads, whole_step)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if whole_step is None and device == "cpu":
+        whole_step = not (workload or optimizer or dtype or model)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,6 +131,7 @@ def profile(
         bar = progress.add_task("", total=1.0)
         report = run(
             tasks,
+            device=device,
             threads=threads,
             rounds=rounds,
             seconds=seconds,
@@ -116,14 +141,24 @@ def profile(
             on_training=lambda training: console.print(training_table(training)),
             on_progress=lambda done, label: progress.update(bar, completed=done, description=label),
         )
+    _finish(console, report, json_file, plot)
+
+
+def _kept(path: Path) -> Report:
+    """The report that was written to a file."""
+    try:
+        return Report.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path} cannot be loaded: {error}") from None
+
+
+def _finish(
+    console: Console, report: Report, json_file: Path | None, plot: Path | None
+) -> NoReturn:
+    """Says how it ended, keeps and draws it, and leaves."""
     print_end(console, report)
     if json_file is not None:
         json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     if plot is not None and report.measured:
         draw(report, plot)
-    if report.failed:
-        raise typer.Exit(1)
-    if report.interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if not report.measured and report.training is None:
-        raise typer.Exit(2)
+    raise typer.Exit(report.exit_code)

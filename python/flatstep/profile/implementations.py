@@ -14,7 +14,7 @@ from torch.nn import Parameter
 import flatstep
 from flatstep import optim
 from flatstep.optim.base import Optimizer
-from flatstep.profile.limit import Pages, huge_page_share
+from flatstep.profile.limit import Pages, Traffic
 from flatstep.profile.workloads import Shape, Workload
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -80,20 +80,40 @@ class Implementation:
         names = [name for name in self.optimizer.state.get(self.params[0], {}) if name != "step"]
         return {name: [self.optimizer.state[p][name] for p in self.params] for name in names}
 
-    def pages(self) -> Pages:
-        """The pages that most of its memory lies on."""
+    def pages(self, traffic: Traffic) -> Pages | None:
+        """The pages that its memory lies on, where the limit depends on them."""
         grads = [param.grad for param in self.params if param.grad is not None]
         states = [state for tensors in self.states().values() for state in tensors]
-        return Pages(huge_page_share([*self.params, *grads]) > 0.5, huge_page_share(states) > 0.5)
+        return traffic.pages([*self.params, *grads], states)
+
+    def drop_states(self) -> None:
+        """Gives the states back, but not the counts of steps."""
+        for state in self.optimizer.state.values():
+            for name in [name for name in state if name != "step"]:
+                del state[name]
+
+    def share_states(self, other: Implementation) -> None:
+        """Takes another's states for its own, but not the counts of steps.
+
+        Those of a fused path on a GPU are there, and those of the others on the host. Where the
+        other has no states, because it failed, the next step makes new ones.
+        """
+        if not other.states():
+            self.optimizer.state.clear()
+        for param, state in other.optimizer.state.items():
+            shared = {name: tensor for name, tensor in state.items() if name != "step"}
+            self.optimizer.state[param].update(shared)
 
 
 class Tensors:
     """The parameters and gradients of a workload: some as tensors, some in a flat buffer."""
 
-    def __init__(self, workload: Workload, dtype: torch.dtype):
+    def __init__(self, workload: Workload, dtype: torch.dtype, where: torch.device):
         """Fills them with values for which every path of torch's is accurate."""
-        self.separate = [_parameter(shape, dtype) for shape in workload.shapes]
-        self.flat = [Parameter(torch.empty(shape, dtype=dtype)) for shape in workload.shapes]
+        self.separate = [_parameter(shape, dtype, where) for shape in workload.shapes]
+        self.flat = [
+            Parameter(torch.empty(shape, dtype=dtype, device=where)) for shape in workload.shapes
+        ]
         self.buffer = flatstep.FlatBuffer(self.flat)
         with torch.no_grad():
             for param, flat in zip(self.separate, self.flat, strict=True):
@@ -115,10 +135,10 @@ class Tensors:
         ]
 
 
-def _parameter(shape: Shape, dtype: torch.dtype) -> Parameter:
-    param = Parameter(torch.empty(shape, dtype=dtype).uniform_(-0.1, 0.1))
+def _parameter(shape: Shape, dtype: torch.dtype, where: torch.device) -> Parameter:
+    param = Parameter(torch.empty(shape, dtype=dtype, device=where).uniform_(-0.1, 0.1))
     # Away from zero, whose square float16 cannot hold.
-    grad = torch.empty(shape, dtype=dtype).uniform_(-1, 1)
+    grad = torch.empty(shape, dtype=dtype, device=where).uniform_(-1, 1)
     param.grad = grad.add_(grad.sign(), alpha=0.5)
     return param
 

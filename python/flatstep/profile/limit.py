@@ -1,4 +1,4 @@
-"""The machine's limit: the memory traffic of an update without its arithmetic."""
+"""The limit: the memory traffic of an update without its arithmetic."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from flatstep import _core
-from flatstep._torch import zeros_flat
+from flatstep._torch import HUGE_PAGE, zeros_flat
+
+COPIED_AT_ONCE = 1 << 30  # bytes, far more than a GPU's caches hold
+
+
+def bytes_moved(size: int, states: int) -> int:
+    """What an update reads and writes: parameter, gradient and states; all but one are written.
+
+    Args:
+        size: Bytes of the parameters, and of the gradients, and of each state.
+        states: How many states there are.
+    """
+    return size * ((2 + states) + (1 + states))
 
 
 class Pages(NamedTuple):
@@ -61,6 +73,24 @@ def _mappings() -> list[tuple[int, int, float]]:
     return mappings
 
 
+class Traffic(Protocol):
+    """Moves as many bytes as an update."""
+
+    size: int
+
+    def pages(self, params: Iterable[torch.Tensor], states: Iterable[torch.Tensor]) -> Pages | None:
+        """The pages that parameters with gradients, and states, lie on, where that matters."""
+
+    def kinds(self, found: Iterable[Pages | None]) -> list[Pages | None]:
+        """The kinds of pages to measure the limit on, given those that were found."""
+
+    def traffic(self, states: int, pages: Pages | None) -> Callable[[], None]:
+        """A function that moves an update's bytes once."""
+
+    def granted(self, pages: Pages | None) -> bool:
+        """Whether the last traffic had the pages that were wanted for it."""
+
+
 class Streams:
     """Arrays of zeros to be moved through memory, kept from one measurement to the next."""
 
@@ -69,12 +99,25 @@ class Streams:
         self.size = size
         self._arrays: dict[bool, list[torch.Tensor]] = {False: [], True: []}
 
-    def traffic(self, states: int, pages: Pages) -> Callable[[], None]:
+    def pages(self, params: Iterable[torch.Tensor], states: Iterable[torch.Tensor]) -> Pages:
+        """The pages that most of the memory lies on; small ones where none could be large."""
+        if self.size < HUGE_PAGE:
+            return Pages()
+        return Pages(huge_page_share(params) > 0.5, huge_page_share(states) > 0.5)
+
+    def kinds(self, found: Iterable[Pages | None]) -> list[Pages | None]:
+        """Those that were found, and both extremes."""
+        if self.size < HUGE_PAGE:
+            return [Pages()]
+        return list(dict.fromkeys([Pages(params=True, states=True), *found, Pages()]))
+
+    def traffic(self, states: int, pages: Pages | None) -> Callable[[], None]:
         """The traffic of an update: parameter, gradient and states read, all but one written back.
 
         Returns:
             A function that moves it once, on torch's number of threads.
         """
+        pages = pages or Pages()
         param, grad = self._take(pages.params, 0, 2)
         kept = self._take(pages.states, 2, 2 + states)
         addresses = [array.data_ptr() for array in [param, *kept, grad]]
@@ -82,12 +125,56 @@ class Streams:
             _core.traffic, addresses, 1 + states, self.size // 4, torch.get_num_threads()
         )
 
-    def granted(self, pages: Pages) -> bool:
+    def granted(self, pages: Pages | None) -> bool:
         """Whether the arrays lie on the pages that were wanted for them."""
-        return all((huge_page_share(self._arrays[huge]) > 0.5) == huge for huge in set(pages))
+        wanted = set(pages or Pages())
+        return all((huge_page_share(self._arrays[huge]) > 0.5) == huge for huge in wanted)
 
     def _take(self, huge: bool, begin: int, end: int) -> list[torch.Tensor]:
         arrays = self._arrays[huge]
         while len(arrays) < end:
             arrays.append(zeros_flat(self.size // 4, torch.float32, huge_pages=huge).zero_())
         return arrays[begin:end]
+
+
+class Copies:
+    """Copies from one place of a device's memory to another, where pages are nobody's concern."""
+
+    def __init__(self, size: int, where: torch.device):
+        """Of arrays of ``size`` bytes; the memory is taken when it is first called for."""
+        self.size = size
+        self._where = where
+        self._memory: list[torch.Tensor] = []
+
+    def pages(self, params: Iterable[torch.Tensor], states: Iterable[torch.Tensor]) -> None:
+        """None: they are not known."""
+
+    def kinds(self, found: Iterable[Pages | None]) -> list[Pages | None]:
+        """One kind, without a name."""
+        return [None]
+
+    def traffic(self, states: int, pages: Pages | None = None) -> Callable[[], None]:
+        """Copies of half an update's bytes: each byte is read once and written once.
+
+        They are copies of :data:`COPIED_AT_ONCE` and of what remains, between the same two arrays.
+        """
+        half = bytes_moved(self.size, states) // 2
+        needed = min(half, COPIED_AT_ONCE)
+        if not self._memory or self._memory[0].nbytes < needed:
+            self._memory = []
+            for _ in range(2):
+                self._memory.append(torch.zeros(needed, dtype=torch.uint8, device=self._where))
+        source, target = self._memory
+        whole, rest = divmod(half, COPIED_AT_ONCE)
+        pieces = [COPIED_AT_ONCE] * whole + [rest] * (rest > 0)
+        pairs = [(target[:piece], source[:piece]) for piece in pieces]
+
+        def copy() -> None:
+            for to, of in pairs:
+                to.copy_(of)
+
+        return copy
+
+    def granted(self, pages: Pages | None) -> bool:
+        """True: nothing in particular was wanted."""
+        return True

@@ -9,11 +9,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
+
 SAMPLE_SECONDS = 2e-3  # a shorter call is repeated within a sample
 LEAST_ROUNDS = 5
 LEAST_TURNS = 3  # of the slowest call in them
 PATIENCE = 5.0  # seconds over time before a race is broken off all the same
 MOST_ROUNDS = 60
+
+
+# Runs a call several times and says how many seconds one took.
+Stopwatch = Callable[[Callable[[], object], int], float]
+
+
+def on_the_host(call: Callable[[], object], repeats: int) -> float:
+    """The seconds of one call, from several, by the host's clock."""
+    start = perf_counter()
+    for _ in range(repeats):
+        call()
+    return (perf_counter() - start) / repeats
+
+
+def on_the_gpu(call: Callable[[], object], repeats: int) -> float:
+    """The seconds of one call, from several, between two events of the GPU's current stream.
+
+    What the stream had to do before is not counted; where the host cannot keep up with the GPU, its
+    time is.
+    """
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1e3 / repeats
 
 
 @dataclass(frozen=True)
@@ -48,8 +78,11 @@ class Race:
     A call that takes several times as long as the shortest sits out some rounds.
     """
 
-    def __init__(self, calls: Mapping[str, Callable[[], object]]):
+    def __init__(
+        self, calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch = on_the_host
+    ):
         self.calls = calls
+        self.stopwatch = stopwatch
         self.samples: dict[str, list[float]] = {name: [] for name in calls}
 
     def run(
@@ -69,7 +102,7 @@ class Race:
         repeats: dict[str, int] = {}
         costs: dict[str, float] = {}
         for name, call in self.calls.items():
-            repeats[name], costs[name] = _calibrate(call)
+            repeats[name], costs[name] = _calibrate(call, self.stopwatch)
         strides = dict.fromkeys(self.calls, 1)
         patience = float("inf")
         if rounds is None:
@@ -88,7 +121,7 @@ class Race:
             for turn in range(rounds):
                 due = [name for name in self.calls if turn % strides[name] == 0]
                 for name in shuffled.sample(due, len(due)):
-                    self.samples[name].append(_sample(self.calls[name], repeats[name]))
+                    self.samples[name].append(self.stopwatch(self.calls[name], repeats[name]))
                 on_progress((turn + 1) / rounds)
                 if perf_counter() > until + patience:
                     break
@@ -101,20 +134,12 @@ class Race:
         return {name: Timing.of(samples) for name, samples in self.samples.items() if samples}
 
 
-def _calibrate(call: Callable[[], object]) -> tuple[int, float]:
+def _calibrate(call: Callable[[], object], stopwatch: Stopwatch) -> tuple[int, float]:
     """How often a call is repeated within a sample, and the seconds that this takes."""
     repeats = 1
     while True:
-        took = repeats * _sample(call, repeats)
+        took = repeats * stopwatch(call, repeats)
         if took > SAMPLE_SECONDS / 4:
             right = max(1, round(repeats * SAMPLE_SECONDS / took))
             return right, took / repeats * right
         repeats *= 4
-
-
-def _sample(call: Callable[[], object], repeats: int) -> float:
-    """The seconds of one call, from several."""
-    start = perf_counter()
-    for _ in range(repeats):
-        call()
-    return (perf_counter() - start) / repeats

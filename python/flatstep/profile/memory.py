@@ -6,30 +6,34 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from flatstep.profile.implementations import states_kept
 from flatstep.profile.workloads import WORKLOADS, Workload
 
+if TYPE_CHECKING:
+    from flatstep.profile.device import Device
 
-def arrays_needed(optimizer: str) -> int:
+
+def arrays_needed(optimizer: str, device: Device) -> int:
     """How many arrays as large as the parameters are alive at once at most."""
     states = states_kept(optimizer)
     tensors_and_gradients = 2 * 2  # apart and in the flat buffer
     kept = 3 * states  # flatstep's two, and one for all of torch's paths
     temporaries = 2  # of torch's foreach path
-    streams = 2 * (2 + states)  # of the limit, on two kinds of pages
-    return tensors_and_gradients + kept + temporaries + streams
+    return tensors_and_gradients + kept + temporaries + device.limit_arrays(states)
 
 
-def bytes_needed(workload: Workload, optimizer: str, dtype: torch.dtype) -> int:
+def bytes_needed(workload: Workload, optimizer: str, dtype: torch.dtype, device: Device) -> int:
     """What a case needs at once at most."""
-    return workload.parameters * dtype.itemsize * arrays_needed(optimizer)
+    arrays = arrays_needed(optimizer, device)
+    return workload.parameters * dtype.itemsize * arrays + device.limit_bytes
 
 
 def bytes_available() -> int | None:
-    """What the system can give, or None where it does not tell."""
+    """What the host's system can give, or None where it does not tell."""
     found = []
     try:
         meminfo = Path("/proc/meminfo").read_text()
@@ -45,13 +49,19 @@ def bytes_available() -> int | None:
 
 
 def refusal(
-    workload: Workload, optimizer: str, dtype: torch.dtype, names: Sequence[str] = tuple(WORKLOADS)
+    workload: Workload,
+    optimizer: str,
+    dtype: torch.dtype,
+    device: Device,
+    names: Sequence[str] = tuple(WORKLOADS),
 ) -> str | None:
     """Why a case does not fit and what would, or None where it fits."""
-    needed, available = bytes_needed(workload, optimizer, dtype), bytes_available()
+    needed = bytes_needed(workload, optimizer, dtype, device)
+    available = device.bytes_available()
     if available is None or needed <= available:
         return None
-    most = available // (dtype.itemsize * arrays_needed(optimizer))
+    spare = max(0, available - device.limit_bytes)
+    most = spare // (dtype.itemsize * arrays_needed(optimizer, device))
     fitting = [name for name in names if WORKLOADS[name].parameters <= most]
     choices = [f"a model of up to {most / 1e6:.3g} M parameters"]
     if fitting:

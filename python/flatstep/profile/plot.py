@@ -8,16 +8,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatstep.profile.report import format_time, machine_line
 from flatstep.profile.results import Case, Report
+from flatstep.profile.text import format_time, machine_line, short_problem
 
 FORMATS = (".png", ".svg", ".pdf")
 
-TITLE = "Speed of one step, as a share of what this machine's memory can do"
-SUBTITLE = (
-    "100 %: the same memory traffic without arithmetic, on the fastest kind of pages. "
-    "Longer is better."
-)
+TITLE = "Speed of one step, as a share of what this {}'s memory can do"
+SUBTITLE = "100 %: {}. Longer is better."
+LIMITS = {
+    "cpu": "the same memory traffic without arithmetic, on the fastest kind of pages",
+    "cuda": "a copy on the GPU that reads and writes as many bytes",
+}
 COLORS = {
     "flatstep flat": "#0b5394",
     "flatstep": "#4f9bd9",
@@ -60,8 +61,11 @@ def draw(report: Report, path: Path) -> None:
     def write(inches: float, text: str, **style: Any) -> None:
         figure.text(left, inches / height, text, **style)
 
-    write(height - 0.35, TITLE, fontsize=12, fontweight="bold", color=INK)
-    write(height - 0.6, SUBTITLE, fontsize=8.5, color=FAINT)
+    machine = report.machine
+    title = TITLE.format("GPU" if machine.gpu else "machine")
+    write(height - 0.35, title, fontsize=12, fontweight="bold", color=INK)
+    subtitle = SUBTITLE.format(LIMITS[machine.device])
+    write(height - 0.6, subtitle, fontsize=8.5, color=FAINT)
     write(0.08, machine_line(report), fontsize=SMALL, color=FAINT)
     figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - 0.7 / height), h_pad=1.2, w_pad=1.5)
     figure.savefig(path)
@@ -75,7 +79,7 @@ def _draw_case(axes: Axes, case: Case, names: list[str]) -> None:
         if result is None:
             _note(axes, 1, place, "not in torch", FAINT)
         elif result.timing is None:
-            _note(axes, 1, place, (result.problem or "").partition(":")[0], ALARM)
+            _note(axes, 1, place, short_problem(result.problem), ALARM)
         else:
             share = min(100 * limit.timing.median / result.timing.median, RIGHT)
             axes.barh(place, share, height=0.78, color=COLORS[name])

@@ -1,11 +1,13 @@
-"""What a profile found, in plain values that JSON can hold."""
+"""What a profile found, in plain values that JSON holds and gives back."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 from flatstep.profile.measure import Timing
+
+INTERRUPTED = 130  # an exit code
 
 
 @dataclass
@@ -13,13 +15,13 @@ class Limit:
     """The time of an update's memory traffic alone.
 
     Attributes:
-        pages: The pages that parameters, gradients and states were wanted on.
+        pages: The pages that parameters, gradients and states were wanted on; None on a GPU.
         granted: Whether the system gave them.
         timing: Seconds for as many bytes as the update moves.
         gb_per_s: The bytes that the rule counts, read and written, in 1e9 a second.
     """
 
-    pages: str
+    pages: str | None
     granted: bool
     timing: Timing
     gb_per_s: float
@@ -32,13 +34,14 @@ class Result:
     Attributes:
         implementation: Such as "flatstep flat" or "torch fused".
         problem: Why there is no time: the result was wrong, or the step failed.
-        pages: The pages that parameters, gradients and states lie on.
+        pages: The pages that parameters, gradients and states lie on; None on a GPU.
         first_step: Seconds of the step that creates the states.
         timing: Seconds of a later step.
         ns_per_parameter: Nanoseconds of a step for each parameter.
         gb_per_s: The bytes that the rule counts, read and written, in 1e9 a second.
         of_limit: The limit's time on the same kind of pages, divided by this one's.
         to_torch: This time divided by that of torch's fastest path with a right result.
+        most_bytes: Bytes of a GPU that the first steps took at most: states and temporaries.
     """
 
     implementation: str
@@ -50,6 +53,7 @@ class Result:
     gb_per_s: float | None = None
     of_limit: float | None = None
     to_torch: float | None = None
+    most_bytes: int | None = None
 
     @property
     def ours(self) -> bool:
@@ -148,7 +152,20 @@ class Training:
 
 @dataclass
 class Machine:
-    """What the figures belong to."""
+    """What the figures belong to: the host, and the GPU where they are a GPU's.
+
+    Attributes:
+        cpu: The host's processor.
+        cores: How many it has.
+        threads: Those of an update on the host.
+        isa: The instruction set of an update on the host.
+        flatstep: Its version.
+        torch: Its version.
+        system: The host's.
+        device: Where updates were measured, "cpu" or "cuda".
+        gpu: The GPU's name.
+        cuda: The version of CUDA that torch was built with.
+    """
 
     cpu: str
     cores: int
@@ -157,15 +174,29 @@ class Machine:
     flatstep: str
     torch: str
     system: str
+    device: str = "cpu"
+    gpu: str | None = None
+    cuda: str | None = None
 
 
 @dataclass
 class Report:
-    """Everything that a profile found."""
+    """Everything that a profile found.
+
+    Attributes:
+        machine: What the figures belong to.
+        cases: In the order in which they were measured.
+        training: The whole step, where it was measured.
+        left_out: What is measured on another device only, and why.
+        warnings: What makes the figures doubtful.
+        seconds: How long it took.
+        interrupted: Whether it was broken off.
+    """
 
     machine: Machine
     cases: list[Case] = field(default_factory=list)
     training: Training | None = None
+    left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
@@ -196,6 +227,42 @@ class Report:
         ours += [r.problem for r in (self.training.results if self.training else []) if r.ours]
         return any(problem is not None for problem in ours)
 
+    @property
+    def exit_code(self) -> int:
+        """What a command ends with: 0 where there are figures, and flatstep's results are right."""
+        if self.failed:
+            return 1
+        if self.interrupted:
+            return INTERRUPTED
+        return 0 if self.measured or self.training else 2
+
     def as_dict(self) -> dict[str, Any]:
         """The report in dictionaries, lists, strings and numbers."""
         return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Report:
+        """The report whose :meth:`as_dict` this is, of this version or an earlier one.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        try:
+            report: Report = _restored(Report, values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"these are not the figures of a profile: {error}") from error
+        return report
+
+
+def _restored(kind: Any, value: Any) -> Any:
+    """A value of a type that is a dataclass, a list or optional, from what JSON makes of it."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        known = [f.name for f in fields(kind) if f.name in value]
+        return kind(**{name: _restored(hints[name], value[name]) for name in known})
+    arguments = get_args(kind)
+    if get_origin(kind) is list:
+        return [_restored(arguments[0], item) for item in value]
+    if arguments and value is not None:
+        return _restored(arguments[0], value)
+    return value

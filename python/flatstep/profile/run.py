@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import re
@@ -20,13 +19,15 @@ from flatstep._torch import DTYPES
 from flatstep.profile import memory, training
 from flatstep.profile.case import measure
 from flatstep.profile.check import Sample
+from flatstep.profile.device import Device, device_named
 from flatstep.profile.implementations import Tensors, optimizer_named, states_kept, torch_paths
-from flatstep.profile.limit import Streams
+from flatstep.profile.limit import bytes_moved
 from flatstep.profile.measure import LEAST_TURNS, Timing
 from flatstep.profile.results import Case, Machine, Report, Training
 from flatstep.profile.workloads import WORKLOADS, Workload, workload_named, workload_of_model
 
 OPTIMIZERS_BY_DEFAULT = ("adam", "sgd", "rmsprop")
+LARGE_WORKLOADS = ("gpt2", "flat", "llama-3.2-1b")
 SECONDS_BY_DEFAULT = 150.0
 TRAINING_WEIGHT = 12.0
 BUSY_LOAD = 0.5  # of the cores
@@ -42,12 +43,11 @@ class Task:
     optimizer: str
     dtype: str
 
-    @property
-    def weight(self) -> float:
+    def weight(self, device: Device) -> float:
         """Its share of the time: about the seconds that it takes."""
         arrays = 2 + states_kept(self.optimizer)
         gigabytes = arrays * self.workload.parameters * DTYPES[self.dtype].itemsize / 1e9
-        return 2 + 6 * gigabytes + len(self.workload.shapes) / 2500
+        return 2 + device.seconds_per_gigabyte * gigabytes + len(self.workload.shapes) / 2500
 
     def case(self) -> Case:
         """The case, before it is measured."""
@@ -61,7 +61,7 @@ class Task:
             tensors=len(self.workload.shapes),
             parameters=self.workload.parameters,
             states=states,
-            bytes_moved=size * ((2 + states) + (1 + states)),
+            bytes_moved=bytes_moved(size, states),
         )
 
 
@@ -70,20 +70,24 @@ def plan(
     optimizers: Sequence[str] | None = None,
     dtype: str | None = None,
     model: str | None = None,
+    device: str = "cpu",
 ) -> list[Task]:
     """The cases to measure, workload by workload.
 
     Args:
-        workloads: Names in :data:`WORKLOADS`; None for all of them, or for none with ``model``.
+        workloads: Names in :data:`WORKLOADS`; None for those that ``device`` measures by default,
+            or for none with ``model``.
         optimizers: Names such as "adam"; None for adam, sgd (with momentum) and rmsprop.
         dtype: A name in :data:`DTYPES`; None for float32, and where ``optimizers`` is None too,
             for adam in bfloat16 on the large workloads besides.
         model: "package.module:callable", whose model is a workload too.
+        device: A name in :data:`~flatstep.profile.device.DEVICES`.
 
     Raises:
         ValueError: An unknown name, with those that there are.
     """
-    chosen = [workload_named(name) for name in workloads or ([] if model else WORKLOADS)]
+    by_default = [name for name, workload in WORKLOADS.items() if device in workload.devices]
+    chosen = [workload_named(name) for name in workloads or ([] if model else by_default)]
     if model:
         chosen.append(workload_of_model(model))
     names = list(dict.fromkeys(optimizers or OPTIMIZERS_BY_DEFAULT))
@@ -94,19 +98,33 @@ def plan(
     tasks = []
     for workload in dict.fromkeys(chosen):
         tasks += [Task(workload, name, dtype or "float32") for name in names]
-        if dtype is None and not optimizers and workload.name in ("gpt2", "flat"):
+        if dtype is None and not optimizers and workload.name in LARGE_WORKLOADS:
             tasks.append(Task(workload, "adam", "bfloat16"))
     return tasks
+
+
+def device_for(name: str, threads: int | None, whole_step: bool | None) -> Device:
+    """The device for a :func:`run` with these arguments.
+
+    Raises:
+        ValueError: There is no such device, or what is asked for makes no sense there.
+    """
+    device = device_named(name)
+    if name != "cpu" and (threads is not None or whole_step):
+        wrong = "whole_step" if whole_step else "threads"
+        raise ValueError(f"{wrong} is for device 'cpu': leave it out with device '{name}'")
+    return device
 
 
 def run(
     tasks: Sequence[Task] | None = None,
     *,
+    device: str = "cpu",
     threads: int | None = None,
     rounds: int | None = None,
     seconds: float = SECONDS_BY_DEFAULT,
     slow_paths: bool = True,
-    whole_step: bool = True,
+    whole_step: bool | None = None,
     on_case: Callable[[Case], object] = lambda case: None,
     on_training: Callable[[Training], object] = lambda training: None,
     on_progress: Callable[[float, str], object] = lambda done, label: None,
@@ -115,21 +133,31 @@ def run(
 
     Args:
         tasks: What to measure, as from :func:`plan`; None for the default.
-        threads: How many threads to use; None for as many as torch does.
+        device: Where: "cpu", or "cuda" for torch's current GPU.
+        threads: How many threads of the CPU to use; None for as many as torch does.
         rounds: How often each implementation takes its turn; None for as often as time allows.
         seconds: How long it should take in all; a least number of rounds may take longer.
         slow_paths: Whether to measure torch's for-loop and foreach where it has a fused path.
-        whole_step: Whether to measure backward, step and zero_grad of a real model too.
+        whole_step: Whether to measure backward, step and zero_grad of a real model too; only on
+            the CPU, where None means yes.
         on_case: Called with each case when it is done.
         on_training: Called with the whole step's results.
         on_progress: Called with the share of the work that is done, and what is next.
 
     Returns:
         The report; after an interrupt from the keyboard, of what was measured so far.
+
+    Raises:
+        ValueError: There is no such device, or what is asked for makes no sense there.
     """
+    place = device_for(device, threads, whole_step)
+    if whole_step is None:
+        whole_step = device == "cpu"
+    if tasks is None:
+        tasks = plan(device=device)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
-    session = _Session(plan() if tasks is None else tasks, rounds, seconds, whole_step, on_progress)
+    session = _Session(tasks, place, rounds, seconds, whole_step, on_progress)
     try:
         session.measure_cases(slow_paths, on_case)
         if whole_step:
@@ -148,18 +176,20 @@ class _Session:
     def __init__(
         self,
         tasks: Sequence[Task],
+        device: Device,
         rounds: int | None,
         seconds: float,
         whole_step: bool,
         on_progress: Callable[[float, str], object],
     ):
         self.tasks = tasks
+        self.device = device
         self.rounds = rounds
         self.on_progress = on_progress
-        self.report = Report(_machine())
+        self.report = Report(_machine(device), left_out=list(device.left_out))
         self.start = perf_counter()
         self.deadline = self.start + seconds
-        self.all = sum(task.weight for task in tasks) + whole_step * TRAINING_WEIGHT
+        self.all = sum(task.weight(device) for task in tasks) + whole_step * TRAINING_WEIGHT
         self.left = self.all
         load, cores = os.getloadavg()[0], self.report.machine.cores
         if load > BUSY_LOAD * cores:
@@ -185,7 +215,7 @@ class _Session:
         """Measures every case."""
         for (workload, dtype), tasks in groupby(self.tasks, lambda t: (t.workload, t.dtype)):
             self._measure_workload(workload, DTYPES[dtype], list(tasks), slow_paths, on_case)
-            gc.collect()
+            self.device.tidy()
 
     def _measure_workload(
         self,
@@ -196,21 +226,24 @@ class _Session:
         on_case: Callable[[Case], object],
     ) -> None:
         """Measures the cases of one workload and dtype, which share its tensors."""
-        refusals = [memory.refusal(workload, task.optimizer, dtype) for task in tasks]
+        device = self.device
+        refusals = [memory.refusal(workload, task.optimizer, dtype, device) for task in tasks]
         tensors: Tensors | None = None
-        streams = Streams(workload.parameters * dtype.itemsize)
+        limit = device.traffic(workload.parameters * dtype.itemsize)
         sample = Sample(workload.shapes)
         for task, refused in zip(tasks, refusals, strict=True):
             case = task.case()
             case.refused = refused
             self.report.cases.append(case)
             try:
-                with self._turn(task.weight, str(case)) as (until, tell):
+                with self._turn(task.weight(device), str(case)) as (until, tell):
                     if refused is None:
-                        tensors = tensors or Tensors(workload, dtype)
+                        tensors = tensors or Tensors(workload, dtype, device.where)
                         paths = torch_paths(task.optimizer, slow=slow_paths)
-                        measure(case, tensors, streams, sample, paths, until, self.rounds, tell)
-                        gc.collect()
+                        measure(
+                            case, device, tensors, limit, sample, paths, until, self.rounds, tell
+                        )
+                        device.tidy()
             finally:
                 if case.refused or case.results:
                     on_case(case)
@@ -258,7 +291,7 @@ class _Session:
             self.report.warnings.append(f"{message} ({'; '.join(where)})")
 
 
-def _machine() -> Machine:
+def _machine(device: Device) -> Machine:
     try:
         names = re.findall(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -271,4 +304,7 @@ def _machine() -> Machine:
         flatstep=flatstep.__version__,
         torch=torch.__version__,
         system=f"{platform.system()} {platform.release()}",
+        device=device.name,
+        gpu=device.title,
+        cuda=torch.version.cuda,
     )

@@ -17,11 +17,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Workload:
-    """The parameters of a model, as far as their update is concerned."""
+    """The parameters of a model, as far as their update is concerned.
+
+    Attributes:
+        name: As it is chosen.
+        title: What it is, in words.
+        shapes: Of its tensors, in the model's order.
+        devices: Where it is measured unless other workloads are chosen.
+    """
 
     name: str
     title: str
     shapes: tuple[Shape, ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def parameters(self) -> int:
@@ -63,6 +71,15 @@ def _mlp() -> Iterator[Shape]:
         yield from [(outputs, inputs), (outputs,)]
 
 
+def _llama() -> Iterator[Shape]:
+    width, middle, keys = 2048, 8192, 512
+    yield (128_256, width)  # of the output too
+    for _ in range(16):
+        yield from [(width, width), (keys, width), (keys, width), (width, width)]
+        yield from [(middle, width), (middle, width), (width, middle), (width,), (width,)]
+    yield (width,)
+
+
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in [
@@ -71,6 +88,7 @@ WORKLOADS: dict[str, Workload] = {
         Workload("mlp", "Small MLP", tuple(_mlp())),
         Workload("many", "10,000 tensors of 256", ((256,),) * 10_000),
         Workload("flat", "One tensor of 64 M", ((1 << 26,),)),
+        Workload("llama-3.2-1b", "Llama-3.2-1B", tuple(_llama()), devices=("cuda",)),
     ]
 }
 
