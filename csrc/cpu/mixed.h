@@ -208,8 +208,9 @@ struct MixedLoop {
     for (int i = 0; i < kStates; ++i) {
       if (uses(i)) call(at.state[i], size_of(form.types.state));
     }
-    if (form.extras & kMasterCopy) call(at.master, size_of(Stored::kFloat32));
-    if (form.extras & kMasterSplit) call(at.master, size_of(Stored::kInt16));
+    if (form.extras & (kMasterCopy | kMasterSplit)) {
+      call(at.master, size_of(form.extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16));
+    }
     if (form.extras & kAverage) call(at.average, static_cast<int>(sizeof(T)));
   }
 

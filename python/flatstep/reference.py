@@ -388,6 +388,11 @@ def norm(
         norm_type: 2, or infinity for the largest magnitude.
         unscale: Multiplies the norm: 1 / s to undo a loss scale s.
     """
+    return norm_of(norm_total(gradients, norm_type), norm_type, unscale)
+
+
+def norm_total(gradients: Sequence[tuple[np.ndarray, str]], norm_type: float) -> float:
+    """The sum of squares, or the largest magnitude, that :func:`norm` is made of."""
     total = np.float64(0)
     with np.errstate(all="ignore"):
         for stored, dtype in gradients:
@@ -396,7 +401,7 @@ def norm(
             for at in range(0, x.size, TILE):
                 own = _add(own, _tile_norm(x[at : at + TILE], norm_type), norm_type)
             total = _add(total, own, norm_type)
-    return norm_of(float(total), norm_type, unscale)
+    return float(total)
 
 
 def norm_of(total: float, norm_type: float, unscale: float) -> float:

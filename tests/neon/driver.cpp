@@ -22,13 +22,19 @@ constexpr std::int64_t kLongest = 256;  // of the records of which every size is
 constexpr std::int64_t kFrame = 64;     // elements of noise around an array
 
 struct Record {
-  std::string rule, type;
-  std::uint32_t flags = 0;
+  std::string rule;
+  Types types = {};
+  std::uint32_t variant = 0;
   std::int64_t step = 0;
   double scale = 0;
   std::vector<double> hyper;
+  double unscale = 1, average_decay = 0;
+  std::uint64_t seed = 0;
+  std::int64_t step_count = 1;
+  std::uint32_t first = 0;
   std::uint64_t count = 0;
-  std::vector<Bytes> before, after;  // p, g, the states in use
+  std::vector<int> sizes;            // of an element of each array
+  std::vector<Bytes> before, after;  // p, g, the states in use, master, average
 };
 
 template <class T>
@@ -46,29 +52,34 @@ std::string read_text(std::istream& file) {
   return text;
 }
 
-int layout_of(const std::string& type) {
-  int at = 0;
-  for (const LayoutInfo& layout : layouts()) {
-    if (name_of(layout.param) == type) return at;
-    ++at;
+Stored type_of(const std::string& name) {
+  for (const Types& types : layouts()) {
+    if (name_of(types.param) == name) return types.param;
   }
-  throw std::runtime_error("this build has no layout of " + type);
+  throw std::runtime_error("this build has no type " + name);
 }
 
 Record read_record(std::istream& file) {
   Record record;
   record.rule = read_text(file);
-  record.type = read_text(file);
-  record.flags = read<std::uint32_t>(file);
+  for (Stored* type : {&record.types.param, &record.types.grad, &record.types.state}) {
+    *type = type_of(read_text(file));
+  }
+  record.variant = read<std::uint32_t>(file);
   record.step = read<std::int64_t>(file);
   record.scale = read<double>(file);
   record.hyper.resize(read<std::uint32_t>(file));
   for (double& value : record.hyper) value = read<double>(file);
+  record.unscale = read<double>(file);
+  record.average_decay = read<double>(file);
+  record.seed = read<std::uint64_t>(file);
+  record.step_count = read<std::int64_t>(file);
+  record.first = read<std::uint32_t>(file);
   record.count = read<std::uint64_t>(file);
-  const auto arrays = read<std::uint32_t>(file);
-  const int size = size_of(layouts()[static_cast<std::size_t>(layout_of(record.type))].param);
+  record.sizes.resize(read<std::uint32_t>(file));
+  for (int& size : record.sizes) size = static_cast<int>(read<std::uint32_t>(file));
   for (std::vector<Bytes>* group : {&record.before, &record.after}) {
-    for (std::uint32_t i = 0; i < arrays; ++i) {
+    for (const int size : record.sizes) {
       Bytes& array = group->emplace_back(record.count * static_cast<std::size_t>(size));
       if (!file.read(reinterpret_cast<char*>(array.data()),
                      static_cast<std::streamsize>(array.size()))) {
@@ -159,43 +170,70 @@ constexpr std::uint64_t kHostileMode = 0x1f80 | 1U << 15 | 1U << 6 | 2U << 13;
 // Empty where the update of the record's first count elements has the reference's bytes.
 std::string fault(const Record& record, std::int64_t count) {
   const RuleInfo& rule = find_rule(record.rule);
-  const int layout = layout_of(record.type);
-  const int size = size_of(layouts()[static_cast<std::size_t>(layout)].param);
-  if (record.flags >= rule.allowed.size() || !rule.allowed[record.flags] ||
-      record.hyper.size() != rule.hyper.size()) {
+  const int layout = find_layout(record.types);
+  if (!refusal(rule, record.variant, layout).empty() || record.hyper.size() != rule.hyper.size()) {
     return "the rule is not the one that wrote the vectors";
   }
   std::vector<Framed> arrays;
   for (std::size_t i = 0; i < record.before.size(); ++i) {
-    arrays.emplace_back(record.before[i], count, size, static_cast<std::int64_t>(2 * i + 1));
+    arrays.emplace_back(record.before[i], count, record.sizes[i],
+                        static_cast<std::int64_t>(2 * i + 1));
   }
   Arrays pointers{arrays[0].start(), arrays[1].start(), {}};
   std::size_t next = 2;
   for (int i = 0; i < kMaxStates; ++i) {
-    if (rule.state_masks[record.flags] >> i & 1) pointers.state[i] = arrays.at(next++).start();
+    if (rule.state_masks[record.variant & kFlagMask] >> i & 1) {
+      pointers.state[i] = arrays.at(next++).start();
+    }
   }
+  const unsigned extras = record.variant & ~kFlagMask;
+  void* const master = extras & (kMasterCopy | kMasterSplit) ? arrays.at(next++).start() : nullptr;
+  void* const average = extras & kAverage ? arrays.at(next++).start() : nullptr;
   const Scalars scalars = rule.prepare(record.hyper.data(), record.step, record.scale);
-  const Kernel kernel = find_kernel(rule, record.flags, layout);
+  const Work work = {
+      pointers,
+      scalars.data(),
+      record.types,
+      extras,
+      master,
+      average,
+      record.first,
+      prepare_extras(record.unscale, record.average_decay, record.seed, record.step_count)};
+  const Kernel kernel = find_kernel(rule, record.variant, layout);
 
   const std::uint64_t usual_mode = floating_point_mode();
   set_floating_point_mode(kHostileMode);
   {
     const IeeeMode ieee;
-    kernel(pointers, 0, count, scalars.data());
+    kernel(work, 0, count);
   }
   const bool restored = floating_point_mode() == kHostileMode;
   set_floating_point_mode(usual_mode);
   if (!restored) return "the floating-point mode was not restored";
 
   for (std::size_t i = 0; i < arrays.size(); ++i) {
-    arrays[i].expect(record.after[i], count, size);
-    const std::string difference = arrays[i].difference(size);
+    arrays[i].expect(record.after[i], count, record.sizes[i]);
+    const std::string difference = arrays[i].difference(record.sizes[i]);
     if (!difference.empty()) {
-      return "array " + std::to_string(i) + " of (p, g, states), " + std::to_string(count) +
+      return "array " + std::to_string(i) + " of (p, g, states, ...), " + std::to_string(count) +
              " elements: " + difference;
     }
   }
   return "";
+}
+
+// Empty where the norm of the record's gradient is the reference's.
+std::string norm_fault(const Record& record) {
+  const auto count = static_cast<std::int64_t>(record.count);
+  const std::int64_t tiles = (count + kNormTile - 1) / kNormTile;
+  const bool largest = record.variant != 0;
+  std::vector<double> norms(static_cast<std::size_t>(tiles));
+  current_isa().tables->norms(record.before[0].data(), record.types.grad, count, 0, tiles, largest,
+                              norms.data());
+  double total = 0;
+  for (const double norm : norms) total = largest ? maximum(total, norm) : total + norm;
+  if (std::memcmp(&total, record.hyper.data(), sizeof total) == 0) return "";
+  return "the norm is " + std::to_string(total) + ", expected " + std::to_string(record.hyper[0]);
 }
 
 }  // namespace
@@ -218,14 +256,16 @@ int main(int count, char** arguments) {
       for (const Isa* const* isa = kIsas; *isa; ++isa) {
         use_isa((*isa)->name);
         std::string message;
-        for (std::int64_t n = longest > kLongest ? longest : 0; n <= longest; ++n) {
+        const bool is_norm = record.rule == "norm";
+        if (is_norm) message = norm_fault(record);
+        for (std::int64_t n = longest > kLongest ? longest : 0; n <= longest && !is_norm; ++n) {
           message = fault(record, n);
           if (!message.empty()) break;
         }
         ++(message.empty() ? passed : failed);
         if (!message.empty()) {
-          std::printf("%s, flags %u, %s, step %lld, scale %g, on %s: %s\n", record.rule.c_str(),
-                      static_cast<unsigned>(record.flags), record.type.c_str(),
+          std::printf("%s, variant %u, %s, step %lld, scale %g, on %s: %s\n", record.rule.c_str(),
+                      static_cast<unsigned>(record.variant), name_of(record.types.param),
                       static_cast<long long>(record.step), record.scale, (*isa)->name,
                       message.c_str());
         }
