@@ -128,24 +128,30 @@ double norm(std::uintptr_t grad, const std::string& dtype, std::int64_t count, b
 void update_on_gpu(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
                    std::uintptr_t grad, const std::vector<std::uintptr_t>& states,
                    std::int64_t count, const std::vector<double>& hyper, std::int64_t step,
-                   double scale, int device, std::uintptr_t stream) {
+                   double scale, int device, std::uintptr_t stream, std::uintptr_t master,
+                   std::uintptr_t average, double unscale, double average_decay, std::uint64_t seed,
+                   std::int64_t count_of_step, std::uint32_t first) {
   const RuleInfo& rule = find_rule(rule_name);
   const Arrays arrays = arrays_of(rule, flags, layout, param, grad, states, count, hyper, step);
-  if (layout >= Layouts::kCount || flags & ~kFlagMask) {
-    throw std::invalid_argument("GPUs have no kernel for that layout and those extras");
-  }
   if (device < 0 || (device >= cuda::device_count() && cuda::device_count() > 0)) {
     throw std::invalid_argument("there is no GPU " + std::to_string(device));
   }
   if (cuda::device_count() == 0) throw std::runtime_error(cuda::absence());
   if (count == 0) return;
   cuda::Launch launch = {};
-  launch.host_step = step;
+  launch.host_step = count_of_step;
+  launch.rule_step = step;
+  launch.types = layouts()[static_cast<std::size_t>(layout)];
+  launch.extras = flags & ~kFlagMask;
+  launch.unscale = unscale;
+  launch.average_decay = average_decay;
+  launch.seed = seed;
   launch.sign = scale;
   for (std::size_t i = 0; i < hyper.size(); ++i) launch.hyper[i].value = hyper[i];
   cuda::Table table(device);
-  cuda::run(device, pointer(stream), layout, rule.first_variant + static_cast<int>(flags), launch,
-            {{arrays, 0, count, nullptr}}, table);
+  cuda::run(device, pointer(stream), layout,
+            rule.first_variant + static_cast<int>(flags & kFlagMask), launch,
+            {{arrays, 0, count, nullptr, pointer(master), pointer(average), first}}, table);
 }
 
 void traffic(const std::vector<std::uintptr_t>& addresses, int written, std::int64_t count,
@@ -197,7 +203,9 @@ PYBIND11_MODULE(_core, module) {
              "count_of_step"_a = 1, "first"_a = 0);
   module.def("norm", &norm, "grad"_a, "dtype"_a, "count"_a, "largest"_a, "threads"_a);
   module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
-             "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a);
+             "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a,
+             "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0,
+             "seed"_a = 0, "count_of_step"_a = 1, "first"_a = 0);
   module.def("gpu_count", &cuda::device_count);
   module.def("gpu_absence", &cuda::absence);
   module.def("traffic", &traffic, "streams"_a, "written"_a, "count"_a, "threads"_a);

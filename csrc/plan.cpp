@@ -406,26 +406,32 @@ void Plan::append_to_batch(const Row& row) {
                         row.group,
                         row.layout,
                         row.cleared != nullptr,
-                        on_device ? 0 : step_of(row),
+                        on_device ? 0 : count_of(row),
+                        row.goes_by_count ? 0 : step_of(row),
                         on_device ? row.step_type : Stored::kUnknown};
+  const Work work = {row.arrays, nullptr,     row.types, variant_of(row) & ~kFlagMask,
+                     row.master, row.average, row.first, {}};
   Batch& batch = batches_[key];
   if (!batch.rows.empty() && !on_device) {
     cuda::Row& last = batch.rows.back();
-    if (adjoin(last.arrays, last.count, row.arrays, row.types)) {
+    const Work before = {last.arrays, nullptr,      work.types, work.extras,
+                         last.master, last.average, last.first, {}};
+    if (adjoin(before, last.count, work)) {
       last.count += row.count;
       batch.end = cuda::end_of(last);
       return;
     }
   }
-  batch.rows.push_back({row.arrays, batch.end, row.count, on_device ? row.step : nullptr});
+  batch.rows.push_back({row.arrays, batch.end, row.count, on_device ? row.step : nullptr,
+                        row.master, row.average, row.first});
   batch.end = cuda::end_of(batch.rows.back());
 }
 
 void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
-                       const std::vector<double>& scales,
-                       const std::map<int, DeviceInputs>& inputs) {
+                       const std::vector<double>& scales, const std::map<int, DeviceInputs>& inputs,
+                       const std::vector<ExtraInputs>& extras) {
   for (const auto& [key, batch] : batches_) {
-    const auto& [device, group_number, layout, clears, step, step_type] = key;
+    const auto& [device, group_number, layout, clears, count, step, step_type] = key;
     const auto group = static_cast<std::size_t>(group_number);
     const auto found = inputs.find(device);
     if (found == inputs.end()) throw std::invalid_argument("there are no inputs for a device");
@@ -433,7 +439,15 @@ void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
     cuda::Launch launch = {};
     launch.step_is_double = step_type == Stored::kFloat64;
     launch.clears = clears;
-    launch.host_step = step;
+    launch.host_step = count;
+    launch.rule_step = step;
+    launch.types = layouts()[static_cast<std::size_t>(layout)];
+    launch.extras = variants_[group] & ~kFlagMask;
+    if (!extras.empty()) {
+      launch.unscale = extras[group].unscale;
+      launch.average_decay = extras[group].average_decay;
+      launch.seed = extras[group].seed;
+    }
     for (std::size_t i = 0; i < hyper[group].size(); ++i) {
       const auto [at, is_double] = input.numbers.at(group).at(i);
       launch.hyper[i] = {hyper[group][i], reinterpret_cast<const void*>(at), is_double};
@@ -442,7 +456,7 @@ void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
     launch.grad_scale = reinterpret_cast<const float*>(input.grad_scale);
     launch.found_inf = reinterpret_cast<const float*>(input.found_inf);
     auto& table = tables_.try_emplace({device, group_number, layout, clears}, device).first->second;
-    const int variant = rule_.first_variant + static_cast<int>(variants_[group]);
+    const int variant = rule_.first_variant + static_cast<int>(variants_[group] & kFlagMask);
     cuda::run(device, reinterpret_cast<void*>(input.stream), layout, variant, launch, batch.rows,
               table);
   }
@@ -531,7 +545,7 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
     if (row.count > 0) append(row, *prepared);
     total += row.count;
   }
-  run_batches(hyper, scales, inputs);
+  run_batches(hyper, scales, inputs, extras);
   threads = available_threads(threads);
   if (total < kElementsPerThread) {
     run_update(segments_, 1);

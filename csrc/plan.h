@@ -118,8 +118,9 @@ class Plan {
   };
 
   // Rows on a GPU that one launch updates: of a device, a group, a layout, whether gradients are
-  // cleared, and a step that the host knows; or, where it is 0, with steps on the device of a type.
-  using BatchKey = std::tuple<int, int, int, bool, std::int64_t, Stored>;
+  // cleared; a count of steps that the host knows, or 0 and the type of those on the device; and
+  // the rule's step where it does not go by the count, or 0.
+  using BatchKey = std::tuple<int, int, int, bool, std::int64_t, std::int64_t, Stored>;
   struct Batch {
     std::vector<cuda::Row> rows;
     std::int64_t end = 0;
@@ -146,7 +147,8 @@ class Plan {
   void append(const Row& row, const Prepared& prepared);
   void append_to_batch(const Row& row);
   void run_batches(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
-                   const std::map<int, DeviceInputs>& inputs);
+                   const std::map<int, DeviceInputs>& inputs,
+                   const std::vector<ExtraInputs>& extras);
 
   const RuleInfo& rule_;
   std::vector<unsigned> variants_;  // of each group: the rule's flags, and extras

@@ -29,6 +29,7 @@ from kernel_cases import (
 
 from flatstep import _core
 from flatstep.optim import gpu
+from flatstep.verify import cases, compare
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -45,6 +46,9 @@ FIRST_VARIANT = {
     for place, rule in enumerate(_core.rules())
 }
 
+INLINE_ROWS = 43
+STORED = ("float32", "float64", "bfloat16", "float16")  # in the order of the kernels' enum
+
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or not (ROOT / "csrc").is_dir(), reason="needs g++ and the sources"
 )
@@ -58,6 +62,9 @@ class Row(ctypes.Structure):
         ("begin", ctypes.c_int64),
         ("count", ctypes.c_int64),
         ("step", ctypes.c_void_p),
+        ("master", ctypes.c_void_p),
+        ("average", ctypes.c_void_p),
+        ("first", ctypes.c_uint32),
     )
 
 
@@ -73,11 +80,17 @@ class Launch(ctypes.Structure):
         ("clears", ctypes.c_bool),
         ("total", ctypes.c_int64),
         ("host_step", ctypes.c_int64),
+        ("rule_step", ctypes.c_int64),
         ("hyper", Number * 5),
         ("sign", ctypes.c_double),
         ("grad_scale", ctypes.c_void_p),
         ("found_inf", ctypes.c_void_p),
-        ("inline_rows", Row * 52),
+        ("types", ctypes.c_int * 3),
+        ("extras", ctypes.c_uint),
+        ("unscale", ctypes.c_double),
+        ("average_decay", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("inline_rows", Row * INLINE_ROWS),
     )
 
 
@@ -90,7 +103,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     library = ctypes.CDLL(str(out))
     assert library.launch_size() == ctypes.sizeof(Launch)
-    assert library.inline_rows() == 52
+    assert library.inline_rows() == INLINE_ROWS
     return library
 
 
@@ -248,6 +261,49 @@ def test_a_table_of_many_rows_is_shared_out_like_a_few(run: Run) -> None:
     run(update, rows, 4, by_table=True)
     for place, (row, before) in enumerate(zip(rows, befores, strict=True)):
         assert_same(row, update.by_reference(before), before, f"row {place}")
+
+
+@pytest.mark.parametrize("name", [f.name for f in cases.all_forms().values() if not f.is_uniform])
+def test_every_form_has_the_reference_s_bytes(name: str, library: ctypes.CDLL) -> None:
+    """One variant of each form, in turn, at addresses away from aligned ones; guards included."""
+    place = list(cases.all_forms()).index(name)
+    variants = cases.all_variants()
+    for turn, size in enumerate((1, 65, 1003)):
+        of = variants[(place * 3 + turn) % len(variants)]
+        case = cases.Case(of, name, size, (place + turn) % len(cases.SETUPS), 0)
+        expected = compare.Expected(case)
+        arena, form, numbers = expected.arena, case.form, expected.numbers(0)
+        block = expected.before(0)
+        at = {array: arena.address(block, array) for array in arena.starts}
+        states = (ctypes.c_void_p * 3)(*_places(of, at))
+        launch = Launch()
+        launch.inline_rows[0] = Row(
+            at["param"],
+            at["grad"],
+            states,
+            0,
+            size,
+            None,
+            at.get("master"),
+            at.get("average"),
+            numbers["first"],
+        )
+        launch.row_count = 1
+        launch.total = -(-size // library.row_alignment()) * library.row_alignment()
+        launch.host_step, launch.sign = case.numbers.step, case.numbers.scale
+        for index, value in enumerate(expected.hyper):
+            launch.hyper[index].value = value
+        launch.types[:] = [STORED.index(kind) for kind in (form.param, form.grad, form.state)]
+        launch.extras = form.bits
+        launch.unscale, launch.seed = numbers["unscale"], numbers["seed"]
+        launch.average_decay = numbers["average_decay"]
+        library.emulate(ctypes.byref(launch), case.layout, FIRST_VARIANT[of.rule] + of.number, 2)
+        assert arena.differences(block, expected.after[0]) == [], case
+
+
+def _places(of: cases.Variant, at: dict[str, int]) -> list[int | None]:
+    rule = next(rule for rule in _core.rules() if rule["name"] == of.rule)
+    return [at[state] if state in of.states else None for state in rule["states"]]
 
 
 def test_a_build_without_kernels_for_a_gpu_says_once_how_to_get_them(

@@ -34,7 +34,7 @@ using Kernel = void (*)(const Work& work, std::int64_t begin, std::int64_t end);
 
 // Elements of a gradient that a partial norm is over, from the gradient's start; and the sums that
 // they are added up in, each element in the one of its place modulo their number.
-inline constexpr std::int64_t kNormTile = 4096;
+inline constexpr std::int64_t kNormTile = 16384;
 inline constexpr int kNormLanes = 32;
 
 // The sum of squares, or (largest) the largest magnitude, of each tile in [begin, end) of the

@@ -124,7 +124,7 @@ void run(int device, void* on_stream, int layout, int variant, Launch& launch,
   if (rows.empty()) return;
   const Guard guard(device);
   const auto stream = static_cast<cudaStream_t>(on_stream);
-  const void* const kernel = find_kernel(layout, variant);
+  const void* const kernel = find_kernel(layout, variant, launch);
   const std::int64_t most = resident_blocks(device, kernel);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");

@@ -34,10 +34,11 @@ class Table {
   std::vector<Row> written_;
 };
 
-// One update on the device's stream, by the kernel of a layout and variant; returns before it is
-// done. Fills in the launch's rows. One launch where no graph is being captured; under capture,
-// where a table could be written again before the graph is replayed, one for every kInlineRows.
-// Counts the steps of rows that have theirs on the device.
+// One update on the device's stream, by the kernel of a layout and of a variant among all rules';
+// returns before it is done. The launch says the types and extras, too. Fills in the launch's rows.
+// One launch where no graph is being captured; under capture, where a table could be written again
+// before the graph is replayed, one for every kInlineRows. Counts the steps of rows that have
+// theirs on the device.
 void run(int device, void* stream, int layout, int variant, Launch& launch,
          const std::vector<Row>& rows, Table& table);
 

@@ -75,6 +75,23 @@ struct Access {
   }
 };
 
+// Rounded once from doubles, as on the host.
+template <class Rule, class V>
+__device__ __noinline__ typename Rule::template Scalars<V> prepare_scalars(const Launch& launch,
+                                                                           std::int64_t step) {
+  double hyper[Rule::kHyperCount];
+  for (int i = 0; i < Rule::kHyperCount; ++i) hyper[i] = value_of(launch.hyper[i]);
+  const double scale =
+      launch.grad_scale ? launch.sign / read<float>(launch.grad_scale) : launch.sign;
+  const auto prepared = Rule::prepare(hyper, launch.rule_step ? launch.rule_step : step, scale);
+  typename Rule::template Scalars<V> k;
+  constexpr int kNumbers = static_cast<int>(sizeof k / sizeof(V));
+  const auto* const from = reinterpret_cast<const double*>(&prepared);
+  auto* const to = reinterpret_cast<V*>(&k);
+  for (int i = 0; i < kNumbers; ++i) to[i] = static_cast<V>(from[i]);
+  return k;
+}
+
 template <class Rule, unsigned kFlags, class Layout>
 struct Loop {
   using P = typename Layout::Param;
@@ -104,19 +121,9 @@ struct Loop {
 #endif
   static constexpr int kUnroll = count_arrays() > kMostArrays ? 1 : 2;
 
-  // Rounded once from doubles, as on the host.
-  static __device__ __noinline__ Scalars prepare(const Launch& launch, std::int64_t step) {
-    double hyper[Rule::kHyperCount];
-    for (int i = 0; i < Rule::kHyperCount; ++i) hyper[i] = value_of(launch.hyper[i]);
-    const double scale =
-        launch.grad_scale ? launch.sign / read<float>(launch.grad_scale) : launch.sign;
-    const auto prepared = Rule::prepare(hyper, step, scale);
-    constexpr int kNumbers = static_cast<int>(sizeof(Scalars) / sizeof(V));
-    const auto* const from = reinterpret_cast<const double*>(&prepared);
-    Scalars k;
-    auto* const to = reinterpret_cast<V*>(&k);
-    for (int i = 0; i < kNumbers; ++i) to[i] = static_cast<V>(from[i]);
-    return k;
+  using Prepared = Scalars;
+  static __device__ Prepared prepare(const Launch& launch, std::int64_t step) {
+    return prepare_scalars<Rule, V>(launch, step);
   }
 
   struct Vectors {
@@ -140,8 +147,9 @@ struct Loop {
   }
 
   // Elements [begin, end) of a row; begin is a multiple of kRowAlignment.
-  static __device__ void run(const Arrays& arrays, std::int64_t begin, std::int64_t end,
-                             const Scalars& k, bool clears) {
+  static __device__ void run(const Launch& launch, const Row& row, std::int64_t begin,
+                             std::int64_t end, const Scalars& k) {
+    const Arrays& arrays = row.arrays;
     P* const p = static_cast<P*>(arrays.param);
     const G* const g = static_cast<const G*>(arrays.grad);
     S* s[kStates];
@@ -169,7 +177,7 @@ struct Loop {
         const std::int64_t first = at + u * kStride;
         update(vectors[u], k);
         ParamAccess::store(p + first, vectors[u].p, p_aligned, end - first);
-        if (clears) {
+        if (launch.clears) {
           GradAccess::store(const_cast<G*>(g) + first, {}, g_aligned, end - first);
         }
         for (int i = 0; i < kStates; ++i) {
@@ -178,36 +186,37 @@ struct Loop {
       }
     }
   }
-
-  static __device__ void run_share(const Launch& launch, Scalars& shared) {
-    if (launch.found_inf && *launch.found_inf != 0) return;
-    const Row* const rows = launch.rows ? launch.rows : launch.inline_rows;
-    const std::int64_t tiles = launch.total / kRowAlignment;
-    std::int64_t at = tiles * blockIdx.x / gridDim.x * kRowAlignment;
-    const std::int64_t end = tiles * (blockIdx.x + 1) / gridDim.x * kRowAlignment;
-    if (at >= end) return;
-    std::int64_t prepared = 0;  // the step that the scalars are for
-    for (int i = find_row(rows, launch.row_count, at); at < end; ++i) {
-      const Row row = rows[i];
-      const std::int64_t step = step_of(launch, row);
-      if (step != prepared) {
-        __syncthreads();
-        if (threadIdx.x == 0) shared = prepare(launch, step);
-        __syncthreads();
-        prepared = step;
-      }
-      const std::int64_t begin = at - row.begin, rest = end - row.begin;
-      run(row.arrays, begin, rest < row.count ? rest : row.count, shared, launch.clears);
-      at = i + 1 < launch.row_count ? rows[i + 1].begin : end;
-    }
-  }
 };
 
-template <class Rule, unsigned kFlags, class Layout>
+// A block's equal share of all rows' elements.
+template <class L>
+__device__ void run_share(const Launch& launch, typename L::Prepared& shared) {
+  if (launch.found_inf && *launch.found_inf != 0) return;
+  const Row* const rows = launch.rows ? launch.rows : launch.inline_rows;
+  const std::int64_t tiles = launch.total / kRowAlignment;
+  std::int64_t at = tiles * blockIdx.x / gridDim.x * kRowAlignment;
+  const std::int64_t end = tiles * (blockIdx.x + 1) / gridDim.x * kRowAlignment;
+  if (at >= end) return;
+  std::int64_t prepared = 0;  // the step that the numbers are for
+  for (int i = find_row(rows, launch.row_count, at); at < end; ++i) {
+    const Row row = rows[i];
+    const std::int64_t step = step_of(launch, row);
+    if (step != prepared) {
+      __syncthreads();
+      if (threadIdx.x == 0) shared = L::prepare(launch, step);
+      __syncthreads();
+      prepared = step;
+    }
+    const std::int64_t begin = at - row.begin, rest = end - row.begin;
+    L::run(launch, row, begin, rest < row.count ? rest : row.count, shared);
+    at = i + 1 < launch.row_count ? rows[i + 1].begin : end;
+  }
+}
+
+template <class L>
 __global__ void __launch_bounds__(kThreads, kBlocks) update(const __grid_constant__ Launch launch) {
-  using L = Loop<Rule, kFlags, Layout>;
-  __shared__ typename L::Scalars shared;
-  L::run_share(launch, shared);
+  __shared__ typename L::Prepared shared;
+  run_share<L>(launch, shared);
 }
 
 // Counts the steps of all rows, after the update.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/launch.h"
 #include "rules/rules.h"
 #include "storage/layouts.h"
 
@@ -12,8 +13,8 @@ inline constexpr int kThreads = 256;
 // A launch has no more blocks than give each this many elements.
 inline constexpr std::int64_t kElementsPerBlock = 1024;
 
-// A kernel that takes a Launch, to be launched with kThreads a block.
-const void* find_kernel(int layout, int variant);
+// A kernel that takes such a Launch, to be launched with kThreads a block.
+const void* find_kernel(int layout, int variant, const Launch& launch);
 const void* count_kernel();
 
 }  // namespace flatstep::cuda

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "storage/extras.h"
 
 namespace flatstep::cuda {
 
@@ -20,6 +21,9 @@ struct Row {
   std::int64_t begin;  // where it begins among all rows, in elements
   std::int64_t count;
   void* step;  // where its state counts on the device, or null
+  // What only a mixed kernel reads, as in Work.
+  void *master, *average;
+  std::uint32_t first;
 };
 
 inline std::int64_t end_of(const Row& row) {
@@ -33,7 +37,7 @@ struct Number {
   bool is_double;  // of what is at
 };
 
-inline constexpr int kInlineRows = 52;  // a launch's arguments end at 4 KiB in older drivers
+inline constexpr int kInlineRows = 43;  // a launch's arguments end at 4 KiB in older drivers
 
 struct Launch {
   const Row* rows;  // on the device; null: inline_rows
@@ -42,10 +46,16 @@ struct Launch {
   bool clears;             // sets the gradients to zero behind the update
   std::int64_t total;      // elements of all rows, with the gaps of their alignment
   std::int64_t host_step;  // where a row has no step on the device
+  std::int64_t rule_step;  // what the rule takes for the step; 0: the row's
   Number hyper[kMaxHyper];
   double sign;  // -1 maximizes
   const float* grad_scale;
   const float* found_inf;
+  Types types;
+  unsigned extras;
+  double unscale;  // where there is no grad_scale
+  double average_decay;
+  std::uint64_t seed;
   Row inline_rows[kInlineRows];
 };
 static_assert(sizeof(Launch) <= 4096);

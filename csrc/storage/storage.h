@@ -52,6 +52,12 @@ FLATSTEP_INLINE float float_of(std::uint32_t bits) {
   return x;
 }
 
+FLATSTEP_INLINE double double_of(std::uint64_t bits) {
+  double x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 FLATSTEP_INLINE float widen(float x) { return x; }
 
 FLATSTEP_INLINE float widen(BFloat16 x) { return float_of(std::uint32_t{x.bits} << 16); }

@@ -133,7 +133,7 @@ struct Lanes<avx512::F32> {
     return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
   FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, a.x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a.x));
   }
   FLATSTEP_INLINE static Bits load_bits(const void* from) { return {_mm512_loadu_si512(from)}; }
   FLATSTEP_INLINE static void store_bits(void* to, Bits a) { _mm512_storeu_si512(to, a.x); }

@@ -149,6 +149,13 @@ def update_on_gpu(
     scale: typing.SupportsFloat | typing.SupportsIndex,
     device: typing.SupportsInt | typing.SupportsIndex,
     stream: typing.SupportsInt | typing.SupportsIndex,
+    master: typing.SupportsInt | typing.SupportsIndex = 0,
+    average: typing.SupportsInt | typing.SupportsIndex = 0,
+    unscale: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    average_decay: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    seed: typing.SupportsInt | typing.SupportsIndex = 0,
+    count_of_step: typing.SupportsInt | typing.SupportsIndex = 1,
+    first: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 def use_isa(name: str) -> None: ...
 def use_torch_threads(library: str | None) -> bool: ...

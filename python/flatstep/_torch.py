@@ -90,7 +90,7 @@ def update_memory(device: torch.device, arguments: Arguments, **extras: Any) -> 
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         index = torch.cuda.current_device() if device.index is None else device.index
-        _core.update_on_gpu(*arguments, index, stream)
+        _core.update_on_gpu(*arguments, index, stream, **extras)
     else:
         _core.update(*arguments, torch.get_num_threads(), **extras)
 

@@ -370,7 +370,7 @@ def update(
             g[...] = narrow(compute(extras.unscale) * grad, grad_dtype)
 
 
-TILE = 4096
+TILE = 16384
 LANES = 32
 
 
@@ -379,9 +379,9 @@ def norm(
 ) -> float:
     """The norm of all gradients as one vector, in double, in one order of additions.
 
-    Each gradient is cut into tiles of 4096 elements from its start. In a tile, squares are added in
-    32 lanes, element by element, and the lanes by halves; then tile is added to tile, and gradient
-    to gradient.
+    Each gradient is cut into tiles of 16,384 elements from its start. In a tile, squares are added
+    in 32 lanes, element by element, and the lanes by halves; then tile is added to tile, and
+    gradient to gradient.
 
     Args:
         gradients: (stored values, dtype) of each gradient, as in :func:`update`.

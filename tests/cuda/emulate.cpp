@@ -9,7 +9,7 @@ int row_alignment() { return static_cast<int>(flatstep::cuda::kRowAlignment); }
 
 void emulate(const flatstep::cuda::Launch* launch, int layout, int variant, int blocks) {
   using namespace flatstep::cuda;
-  emulation::run(emulation::find(layout, variant), *launch, static_cast<unsigned>(blocks));
+  emulation::run(emulation::find(layout, variant, *launch), *launch, static_cast<unsigned>(blocks));
 }
 
 void emulate_count(const flatstep::cuda::Launch* launch, int blocks) {

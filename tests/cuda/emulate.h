@@ -28,32 +28,36 @@ inline std::unique_ptr<std::barrier<>> block_barrier;
 #define __syncthreads() block_barrier->arrive_and_wait()
 
 #include "cuda/kernel.h"
+#include "cuda/mixed.h"
 
 namespace flatstep::cuda::emulation {
 
 using Kernel = void (*)(const Launch);
 
-template <class Layout, class Rule, unsigned kFlags>
+template <template <class, unsigned, class> class L, class Of, class Rule, unsigned kFlags>
 void add_flags(std::vector<Kernel>& kernels) {
   if constexpr (kFlags < Rule::kFlagEnd) {
     if constexpr (Rule::allows(kFlags)) {
-      kernels.push_back(&update<Rule, kFlags, Layout>);
+      kernels.push_back(&update<L<Rule, kFlags, Of>>);
     } else {
       kernels.push_back(nullptr);
     }
-    add_flags<Layout, Rule, kFlags + 1>(kernels);
+    add_flags<L, Of, Rule, kFlags + 1>(kernels);
   }
 }
 
-template <class Layout, class... Rule>
+template <template <class, unsigned, class> class L, class Of, class... Rule>
 void add_rules(std::vector<Kernel>& kernels, List<Rule...>) {
-  (add_flags<Layout, Rule, 0>(kernels), ...);
+  (add_flags<L, Of, Rule, 0>(kernels), ...);
 }
 
+// Those of each layout, then the mixed ones in float and in double.
 template <class... Layout>
 std::vector<Kernel> all_kernels(List<Layout...>) {
   std::vector<Kernel> kernels;
-  (add_rules<Layout>(kernels, Rules{}), ...);
+  (add_rules<Loop, Layout>(kernels, Rules{}), ...);
+  add_rules<MixedLoop, float>(kernels, Rules{});
+  add_rules<MixedLoop, double>(kernels, Rules{});
   return kernels;
 }
 
@@ -75,8 +79,11 @@ inline void run(Kernel kernel, const Launch& launch, unsigned blocks) {
   }
 }
 
-inline Kernel find(int layout, int variant) {
+inline Kernel find(int layout, int variant, const Launch& launch) {
   static const auto kernels = all_kernels(Layouts{});
+  if (layout >= Layouts::kCount || launch.extras) {
+    layout = Layouts::kCount + (launch.types.param == Stored::kFloat64);
+  }
   return kernels[static_cast<std::size_t>(layout * kVariants + variant)];
 }
 

@@ -25,7 +25,7 @@ void run(int, void*, int layout, int variant, Launch& launch, const std::vector<
   } else {
     for (std::size_t i = 0; i < rows.size(); ++i) launch.inline_rows[i] = rows[i];
   }
-  emulation::run(emulation::find(layout, variant), launch, 2);
+  emulation::run(emulation::find(layout, variant, launch), launch, 2);
   if (rows.front().step) emulation::run(&count<>, launch, 1);
 }
 

@@ -215,9 +215,7 @@ def layout_of(
     if len({dtype.is_complex for dtype in types}) > 1:
         return None
     stored = (STORED[types[0]], STORED[types[1]], STORED[types[2]])
-    layout = LAYOUT.get(stored)
-    # GPUs have kernels where all are alike.
-    return layout if len(set(stored)) == 1 or not is_on_gpu(param) else None
+    return LAYOUT.get(stored)
 
 
 def in_order_of(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:

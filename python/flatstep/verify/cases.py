@@ -312,15 +312,10 @@ class Selection:
                         for variant in self.variants:
                             yield Case(variant, dtype, size, setup, self.seed)
 
-    def isas_of(self, dtype: str) -> list[str]:
-        """GPUs have kernels for one type at a time."""
-        is_uniform = all_forms()[dtype].is_uniform
-        return [isa for isa in self.isas if isa != GPU or is_uniform]
-
     def count(self) -> int:
         """How many comparisons a run makes."""
         of_a_variant = sum(
-            len(self._setups_of(dtype, size)) * len(self.isas_of(dtype))
+            len(self._setups_of(dtype, size)) * len(self.isas)
             for dtype in self.dtypes
             for size in self._sizes_of(dtype)
         )

@@ -221,12 +221,13 @@ class Kernel:
 
     def _update(self, update: int, threads: int) -> None:
         arguments = self._arguments(update, self.addresses)
+        _core.update(*arguments, threads, **self._beside(update, self.addresses))
+
+    def _beside(self, update: int, addresses: dict[str, int]) -> dict[str, Any]:
         if self.expected.case.form.is_uniform:
-            _core.update(*arguments, threads)
-            return
-        beside: dict[str, Any] = self.expected.numbers(update)
-        beside |= {name: self.addresses.get(name, 0) for name in ("master", "average")}
-        _core.update(*arguments, threads, **beside)
+            return {}
+        places = {name: addresses.get(name, 0) for name in ("master", "average")}
+        return {**self.expected.numbers(update), **places}
 
     def _arguments(self, update: int, addresses: dict[str, int]) -> Arguments:
         case = self.expected.case
@@ -249,7 +250,8 @@ class Kernel:
         device = host.cuda()
         moved = device.data_ptr() - int(self.block.ctypes.data)
         addresses = {name: address + moved for name, address in self.addresses.items()}
-        update_memory(device.device, self._arguments(update, addresses))
+        beside = self._beside(update, addresses)
+        update_memory(device.device, self._arguments(update, addresses), **beside)
         host.copy_(device)
 
 

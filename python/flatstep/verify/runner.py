@@ -186,7 +186,7 @@ def _differences(
     kernel = Kernel(expected)
     for threads in selection.threads:
         torch.set_num_threads(threads)
-        for isa in selection.isas_of(expected.case.dtype):
+        for isa in selection.isas:
             if isa != GPU:
                 _core.use_isa(isa)
             yield isa, threads, kernel.first_difference(threads, on_gpu=isa == GPU)
