@@ -7,7 +7,6 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -31,7 +30,8 @@ from flatstep.optim.routes import (
     update_alone,
 )
 from flatstep.optim.states import Wanted
-from flatstep.optim.weights import Weights, reconcile
+from flatstep.optim.table import Other, Table
+from flatstep.optim.weights import Weights
 
 RULES: dict[str, Any] = {rule["name"]: rule for rule in _core.rules()}
 
@@ -61,64 +61,6 @@ class Variant(NamedTuple):
 
     flags: int
     hyper: list[Any]
-
-
-@dataclass
-class Other:
-    """A parameter that the plan's one call does not update."""
-
-    found: Found
-    route: Route
-    states: Wanted
-    first_step: bool
-
-
-@dataclass
-class Table:
-    """An optimizer's memory, as found when the plan was filled.
-
-    Attributes:
-        plan: The kernels' part of it.
-        flags: Each group's variant: the rule's flags and the extras.
-        others: The parameters that the plan's one call does not update.
-        new: The parameters that had no state before.
-        written: A tensor of each storage that a step writes beside the parameters.
-        masters: The 16-bit parameters, each with the float32 copy that it follows.
-        cleared: Of each buffer whose gradients a step clears, how many there are.
-        rows: How many parameters the plan has.
-        gpus: The GPUs that some of them are on.
-        only_gpus: Whether there are no others.
-        is_double: Whether any parameter is float64.
-        params: All parameters, in the order of the groups.
-        seen: The masters' parameters' versions after the last step.
-    """
-
-    plan: _core.Plan
-    flags: list[int]
-    others: list[Other]
-    new: list[Found]
-    written: list[torch.Tensor]
-    masters: list[tuple[torch.Tensor, torch.Tensor]]
-    cleared: dict[flat.FlatBuffer, int]
-    rows: int
-    gpus: list[int]
-    only_gpus: bool
-    is_double: bool
-    params: list[torch.Tensor]
-    seen: int = -1
-
-    def follow_masters(self) -> None:
-        """Makes masters follow parameters that something else has written since the last step."""
-        if self.masters and self._versions() != self.seen:
-            reconcile(self.masters)
-
-    def note_masters(self) -> None:
-        """Remembers the parameters as a step has left them."""
-        if self.masters:
-            self.seen = self._versions()
-
-    def _versions(self) -> int:
-        return sum(param._version for param, _ in self.masters)
 
 
 class Optimizer(Weights, torch.optim.Optimizer):
@@ -364,14 +306,9 @@ class Optimizer(Weights, torch.optim.Optimizer):
         if gpus and not deferred and found_inf is not None and float(found_inf):
             return
         unscale = 1.0 if grad_scale is None or deferred else 1.0 / float(grad_scale)
-        factors: list[float] = [1.0] * len(groups)
+        factors = [1.0] * len(groups)
         if clipped is not None:
-            norm = None
-            try:
-                norm = self._clip(table, clipped, unscale)
-            finally:
-                if norm is None:
-                    self._undo(table if is_new else None)
+            norm = self._clip(table, clipped, unscale, is_new=is_new)
             if norm is None:
                 return
             factors = [clipping.factor(group, norm) for group in groups]
@@ -413,14 +350,21 @@ class Optimizer(Weights, torch.optim.Optimizer):
                 grad.zero_()
         table.note_masters()
 
-    def _clip(self, table: Table, clipped: clipping.Asked, unscale: float) -> float | None:
+    def _clip(
+        self, table: Table, clipped: clipping.Asked, unscale: float, *, is_new: bool
+    ) -> float | None:
         """The gradients' norm, or None where the step is to be skipped for it."""
-        largest = clipped.norm_type == math.inf
+        largest, goes_on = clipped.norm_type == math.inf, False
         total = self._clipped.take_ahead(largest)
-        if total is None:
-            total = _total(table, largest)
-        norm = reference.norm_of(total, clipped.norm_type, unscale)
-        return norm if self._clipped.judge(norm, clipped, table.is_double) else None
+        try:
+            if total is None:
+                total = table.total(largest)
+            norm = reference.norm_of(total, clipped.norm_type, unscale)
+            goes_on = self._clipped.judge(norm, clipped, table.is_double)
+        finally:
+            if not goes_on:
+                self._undo(table, is_new=is_new)
+        return norm if goes_on else None
 
     def check_gradients(self) -> bool:
         """Whether every gradient is finite, in one pass that only reads.
@@ -432,22 +376,20 @@ class Optimizer(Weights, torch.optim.Optimizer):
         largest = clipped is None or clipped.norm_type == math.inf
         table = self._table
         if table is not None and table.plan.matches(self.param_groups, self.state, table.flags):
-            total = _total(table, largest)
+            total = table.total(largest)
             table.plan.release()
         else:
             total = clipping.total([found.param for found in self._find()], largest)
         self._clipped.ahead = (total, largest) if clipped is not None else None
         return math.isfinite(total)
 
-    def _undo(self, made: Table | None) -> None:
+    def _undo(self, table: Table, *, is_new: bool) -> None:
         """Takes back what was made for a step that then changes nothing."""
-        if made is None:
-            assert self._table is not None
-            self._table.plan.release()
-            return
-        for found in made.new:
-            self.state.pop(found.param, None)
-        self._table = None
+        table.plan.release()
+        if is_new:
+            for found in table.new:
+                self.state.pop(found.param, None)
+            self._table = None
 
     def _label(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")
@@ -650,15 +592,3 @@ def _grad_of(param: torch.Tensor) -> torch.Tensor:
     grad = param.grad
     assert grad is not None
     return grad
-
-
-def _total(table: Table, largest: bool) -> float:
-    """The sum of squares, or the largest magnitude, of all gradients that the plan found."""
-    if table.gpus:
-        return clipping.total(table.params, largest)
-    others = [
-        clipping.part(other.found.param, largest)
-        for other in table.others
-        if other.found.param.grad is not None
-    ]
-    return table.plan.norm(largest, others, torch.get_num_threads())

@@ -104,8 +104,12 @@ class Outcome:
         return not of.skips
 
 
-def part(param: torch.Tensor, largest: bool) -> float:
-    """The sum of squares, or the largest magnitude, of a gradient in its parameter's order."""
+def part(param: torch.Tensor, largest: bool) -> float | torch.Tensor:
+    """The sum of squares, or the largest magnitude, of a gradient in its parameter's order.
+
+    What no kernel reads, such as a gradient on a GPU, goes through torch's operations, and is not
+    waited for.
+    """
     assert param.grad is not None
     grad, param = local_of(param.grad), local_of(param)
     if grad.layout == torch.strided and is_plain(grad) and grad.device.type == "cpu":
@@ -118,14 +122,25 @@ def part(param: torch.Tensor, largest: bool) -> float:
         grad = grad.coalesce().values()
     values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
     order = math.inf if largest else 2
-    norm = float(torch.linalg.vector_norm(values.detach(), order, dtype=torch.float64))
+    norm: torch.Tensor = torch.linalg.vector_norm(values.detach(), order, dtype=torch.float64)
     return norm if largest else norm * norm
 
 
 def total(params: Sequence[torch.Tensor], largest: bool) -> float:
     """The same of all gradients that there are."""
+    parts = [part(param, largest) for param in params if param.grad is not None]
+    devices = {x.device for x in parts if isinstance(x, torch.Tensor)}
+    waited = {
+        device: iter(
+            torch.stack(
+                [x for x in parts if isinstance(x, torch.Tensor) and x.device == device]
+            ).tolist()
+        )
+        for device in devices
+    }
     found = 0.0
-    for own in (part(param, largest) for param in params if param.grad is not None):
+    for x in parts:
+        own = next(waited[x.device]) if isinstance(x, torch.Tensor) else x
         if largest:
             found = found if found > own or found != found else own
         else:

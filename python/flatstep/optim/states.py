@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -98,8 +99,8 @@ def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
 
 def dtype_of(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> torch.dtype:
     """The dtype of the rule's states that are there, else the parameter's."""
-    dtypes = {state[name].dtype for name in names if isinstance(state.get(name), torch.Tensor)}
-    return dtypes.pop() if len(dtypes) == 1 else found.param.dtype
+    there = [state[name].dtype for name in names if isinstance(state.get(name), torch.Tensor)]
+    return functools.reduce(torch.promote_types, there) if there else found.param.dtype
 
 
 def are_foreign(state: dict[str, Any], wanted: Wanted) -> bool:
