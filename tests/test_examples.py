@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
-@pytest.fixture(scope="module")
-def digits() -> ModuleType:
+def example(name: str) -> ModuleType:
     for package in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(package)
-    spec = importlib.util.spec_from_file_location("digits", EXAMPLES / "digits.py")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    return example("digits")
+
+
+@pytest.fixture(scope="module")
+def precision() -> ModuleType:
+    return example("precision")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd"])
@@ -53,5 +65,51 @@ def test_digits_refuses_before_it_trains(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         digits.main(line)
+    assert ended.value.code == 2
+    assert line[0] in capsys.readouterr().err
+
+
+def test_precision_stalls_without_what_keeps_small_updates(
+    precision: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    threads = torch.get_num_threads()
+    picture = tmp_path / "precision.svg"
+    digits, characters = precision.main(["--steps", "40", "--plot", str(picture)])
+    assert torch.get_num_threads() == threads
+    for outcomes in (digits, characters):
+        held = [outcome.bytes_held for outcome in outcomes.values()]
+        assert held == [16, 8, 12, 12, 16, 14, 10]
+        assert all(len(outcome.losses) == 40 for outcome in outcomes.values())
+        wide = outcomes["f32"]
+        assert wide.final() < wide.losses[0]
+        for name in list(outcomes)[3:]:
+            assert outcomes[name].final() == pytest.approx(wide.final(), abs=0.02), name
+    assert digits["bf16"].final() > digits["f32"].final() + 0.02
+    assert "<svg" in picture.read_text()
+    printed = capsys.readouterr().out
+    assert f"{digits['bf16'].final():.4f}" in printed
+    assert str(picture) in "".join(printed.split())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_precision_measures_memory(
+    precision: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precision.main(["--memory", "2", "64"])
+    printed = capsys.readouterr().out
+    assert "2 × Linear(64, 64)" in printed
+    assert all(re.search(rf"{re.escape(way)} +\d+ MB", printed) for way in precision.WAYS)
+
+
+@pytest.mark.parametrize("line", [["--steps", "0"], ["--plot", "no/such/folder/precision.svg"]])
+def test_precision_refuses_before_it_trains(
+    precision: ModuleType, line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        precision.main(line)
     assert ended.value.code == 2
     assert line[0] in capsys.readouterr().err
