@@ -6,9 +6,12 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+import flatstep
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -113,3 +116,54 @@ def test_precision_refuses_before_it_trains(
         precision.main(line)
     assert ended.value.code == 2
     assert line[0] in capsys.readouterr().err
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+# Parameter, gradient, options: the rows of the README's table of bytes per parameter.
+ROWS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
+    "float32": (F32, F32, {}),
+    "float32, bfloat16 gradients": (F32, BF16, {}),
+    "float32, bfloat16 states": (F32, F32, {"state_dtype": BF16}),
+    "bfloat16": (BF16, BF16, {}),
+    "bfloat16, float32 states": (BF16, BF16, {"state_dtype": F32}),
+    "bfloat16, float32 states, float32 master": (
+        BF16,
+        BF16,
+        {"state_dtype": F32, "master": "float32"},
+    ),
+    "bfloat16, float32 states, split master": (
+        BF16,
+        BF16,
+        {"state_dtype": F32, "master": "split"},
+    ),
+    "bfloat16, split master": (BF16, BF16, {"master": "split"}),
+}
+
+
+def bytes_held_and_moved(
+    dtype: torch.dtype, grad_dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[int, int]:
+    """Per parameter, from the arrays that a step leaves behind."""
+    param = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    if grad_dtype != dtype:
+        param.grad_dtype = grad_dtype
+    param.grad = torch.ones(64, dtype=grad_dtype)
+    opt = flatstep.AdamW([param], **options)
+    opt.step()
+    states = [value for value in opt.state[param].values() if value.dim()]
+    held = sum(array.element_size() for array in (param, param.grad, *states))
+    # All but the gradient is read and written; of a parameter with a copy, the copy is read.
+    unread = param.element_size() if options.get("master") == "float32" else 0
+    return held, 2 * held - param.grad.element_size() - unread
+
+
+def test_the_readme_says_how_many_bytes_a_mode_holds_and_moves() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = re.findall(r"^\| ([^|]+) \|[^|]*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", readme, re.M)
+    said = {name: tuple(map(int, rest)) for name, *rest in table}
+    found = {
+        name: bytes_held_and_moved(dtype, grad, options)
+        + bytes_held_and_moved(dtype, grad, {**options, "ema_decay": 0.99})
+        for name, (dtype, grad, options) in ROWS.items()
+    }
+    assert said == found
