@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+import flatstep
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
-@pytest.fixture(scope="module")
-def digits() -> ModuleType:
+def example(name: str) -> ModuleType:
     for package in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(package)
-    spec = importlib.util.spec_from_file_location("digits", EXAMPLES / "digits.py")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    return example("digits")
+
+
+@pytest.fixture(scope="module")
+def precision() -> ModuleType:
+    return example("precision")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd"])
@@ -55,3 +70,100 @@ def test_digits_refuses_before_it_trains(
         digits.main(line)
     assert ended.value.code == 2
     assert line[0] in capsys.readouterr().err
+
+
+def test_precision_stalls_without_what_keeps_small_updates(
+    precision: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    threads = torch.get_num_threads()
+    picture = tmp_path / "precision.svg"
+    digits, characters = precision.main(["--steps", "40", "--plot", str(picture)])
+    assert torch.get_num_threads() == threads
+    for outcomes in (digits, characters):
+        held = [outcome.bytes_held for outcome in outcomes.values()]
+        assert held == [16, 8, 12, 12, 16, 14, 10]
+        assert all(len(outcome.losses) == 40 for outcome in outcomes.values())
+        wide = outcomes["f32"]
+        assert wide.final() < wide.losses[0]
+        for name in list(outcomes)[3:]:
+            assert outcomes[name].final() == pytest.approx(wide.final(), abs=0.02), name
+    assert digits["bf16"].final() > digits["f32"].final() + 0.02
+    assert "<svg" in picture.read_text()
+    printed = capsys.readouterr().out
+    assert f"{digits['bf16'].final():.4f}" in printed
+    assert str(picture) in "".join(printed.split())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_precision_measures_memory(
+    precision: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precision.main(["--memory", "2", "64"])
+    printed = capsys.readouterr().out
+    assert "2 × Linear(64, 64)" in printed
+    assert all(re.search(rf"{re.escape(way)} +\d+ MB", printed) for way in precision.WAYS)
+
+
+@pytest.mark.parametrize("line", [["--steps", "0"], ["--plot", "no/such/folder/precision.svg"]])
+def test_precision_refuses_before_it_trains(
+    precision: ModuleType, line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        precision.main(line)
+    assert ended.value.code == 2
+    assert line[0] in capsys.readouterr().err
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+# Parameter, gradient, options: the rows of the README's table of bytes per parameter.
+ROWS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
+    "float32": (F32, F32, {}),
+    "float32, bfloat16 gradients": (F32, BF16, {}),
+    "float32, bfloat16 states": (F32, F32, {"state_dtype": BF16}),
+    "bfloat16": (BF16, BF16, {}),
+    "bfloat16, float32 states": (BF16, BF16, {"state_dtype": F32}),
+    "bfloat16, float32 states, float32 master": (
+        BF16,
+        BF16,
+        {"state_dtype": F32, "master": "float32"},
+    ),
+    "bfloat16, float32 states, split master": (
+        BF16,
+        BF16,
+        {"state_dtype": F32, "master": "split"},
+    ),
+    "bfloat16, split master": (BF16, BF16, {"master": "split"}),
+}
+
+
+def bytes_held_and_moved(
+    dtype: torch.dtype, grad_dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[int, int]:
+    """Per parameter, from the arrays that a step leaves behind."""
+    param = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    if grad_dtype != dtype:
+        param.grad_dtype = grad_dtype
+    param.grad = torch.ones(64, dtype=grad_dtype)
+    opt = flatstep.AdamW([param], **options)
+    opt.step()
+    states = [value for value in opt.state[param].values() if value.dim()]
+    held = sum(array.element_size() for array in (param, param.grad, *states))
+    # All but the gradient is read and written; of a parameter with a copy, the copy is read.
+    unread = param.element_size() if options.get("master") == "float32" else 0
+    return held, 2 * held - param.grad.element_size() - unread
+
+
+def test_the_readme_says_how_many_bytes_a_mode_holds_and_moves() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = re.findall(r"^\| ([^|]+) \|[^|]*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", readme, re.M)
+    said = {name: tuple(map(int, rest)) for name, *rest in table}
+    found = {
+        name: bytes_held_and_moved(dtype, grad, options)
+        + bytes_held_and_moved(dtype, grad, {**options, "ema_decay": 0.99})
+        for name, (dtype, grad, options) in ROWS.items()
+    }
+    assert said == found
