@@ -896,7 +896,7 @@ def _with_gradient_dtype() -> Parameter:
     p = Parameter(torch.ones(4, 2))
     if not hasattr(p, "grad_dtype"):
         pytest.skip("torch has no grad_dtype")
-    p.grad_dtype = torch.bfloat16
+    p.grad_dtype = torch.float8_e4m3fn
     return p
 
 
@@ -925,7 +925,7 @@ UNUSABLE: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "no_tensor": (TypeError, "str", lambda: "weight"),
     "sparse_gradient": (TypeError, "sparse_coo", _with_gradient(lambda g: g.to_sparse())),
     "subclass_gradient": (TypeError, "gradient", _with_gradient(lambda g: g.as_subclass(Tagged))),
-    "gradient_dtype": (TypeError, "bfloat16", _with_gradient_dtype),
+    "gradient_dtype": (TypeError, "float8_e4m3fn", _with_gradient_dtype),
 }
 
 

@@ -112,7 +112,10 @@ def test_flat_buffers_strides_and_threads_change_no_bit(name: str, mode: str) ->
         if param.dim() == 2:
             gaps = torch.zeros(*param.shape[:-1], 2 * param.shape[-1], dtype=dtype)
             param.data = gaps[..., ::2].copy_(param.data)
-    flatstep.FlatBuffer(flat, gradients=grad_dtype == dtype)
+    for param in flat if grad_dtype != dtype else ():
+        param.grad_dtype = grad_dtype
+    buffer = flatstep.FlatBuffer(flat)
+    assert [grads.dtype for grads in buffer.grads] == [grad_dtype]
     opts = [OPTIMIZERS[name](params, **options) for params in (plain, flat, strided, threaded)]
     before = torch.get_num_threads()
     try:

@@ -26,5 +26,5 @@ sanitized -c "
 import sys, flatstep
 assert flatstep.__file__.startswith(sys.argv[1]), flatstep.__file__" "$site"
 # pytest's default capture would swallow the report of a process that aborts.
-sanitized -m pytest tests/test_{kernels,border,properties,threads}.py -m 'not slow' --capture=sys --timeout 900 \
+sanitized -m pytest tests/test_{kernels,border,properties,threads,precision,clipping}.py -m 'not slow' --capture=sys --timeout 900 \
   -p no:cacheprovider "$@"

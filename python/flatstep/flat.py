@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter, is_
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from flatstep._torch import increment_version, zeros_flat
+from flatstep._torch import STORED, increment_version, zeros_flat
 from flatstep.optim.routes import (
     dense_stride,
     is_plain,
@@ -21,6 +22,23 @@ from flatstep.optim.routes import (
 _ALIGNMENT = 64  # bytes
 
 Named = list[tuple[str | int, torch.Tensor]]
+
+
+class _Kind(NamedTuple):
+    """What parameters of one buffer have in common."""
+
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    device: torch.device
+
+
+def _grad_dtype(param: torch.Tensor) -> torch.dtype:
+    """The dtype that torch wants a parameter's gradients to have; before 2.9, the parameter's."""
+    return getattr(param, "grad_dtype", None) or param.dtype
+
+
+def _kind(param: torch.Tensor) -> _Kind:
+    return _Kind(param.dtype, _grad_dtype(param), param.device)
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +74,8 @@ _generation = 0
 class FlatBuffer:
     """Moves parameters, and their gradients, into one buffer per dtype and device.
 
+    Gradients have the dtype that ``param.grad_dtype`` names, the parameter's unless it was set.
+
     Each parameter becomes a view into the buffer, at a multiple of 64 bytes, in its own shape and
     memory order; the objects stay the same, so that modules, tied parameters, ``state_dict`` and
     optimizers go on as before. The buffers are 64-byte aligned and lie on 2 MiB pages where the
@@ -81,7 +101,7 @@ class FlatBuffer:
 
     Raises:
         TypeError: A parameter is not a plain, strided CPU tensor of a dtype that flatstep updates,
-            or its gradient is not one of the same dtype.
+            or its gradient is not one of the dtype that it should have.
         ValueError: No parameters, a parameter without memory of its own, or ``clear_gradients``
             without ``gradients``. Nothing has been moved.
 
@@ -110,32 +130,25 @@ class FlatBuffer:
         self._data: list[torch.Tensor] = []
         self._grads: list[torch.Tensor] = []
         self._homes: list[_Home] = []
-        kinds = dict.fromkeys((param.dtype, param.device) for _, param in named)
+        kinds = dict.fromkeys(map(_kind, (param for _, param in named)))
         with torch.inference_mode(False), torch.no_grad():
-            for dtype, device in kinds:
-                self._furnish(
-                    [(n, p) for n, p in named if (p.dtype, p.device) == (dtype, device)],
-                    dtype,
-                    device,
-                    gradients,
-                )
+            for kind in kinds:
+                self._furnish([(n, p) for n, p in named if _kind(p) == kind], kind, gradients)
             for home in self._homes:
                 self._move(home)
         self._gradient_count = sum(home.grad is not None for home in self._homes)
         _generation += 1
 
-    def _furnish(
-        self, named: Named, dtype: torch.dtype, device: torch.device, gradients: bool
-    ) -> None:
+    def _furnish(self, named: Named, kind: _Kind, gradients: bool) -> None:
         """Makes the buffers of a kind, with copies of everything in its place."""
-        step = _ALIGNMENT // dtype.itemsize
+        step = _ALIGNMENT // min(kind.dtype.itemsize, kind.grad_dtype.itemsize)
         starts, end, grads_end = [], 0, 0
         for _, param in named:
             starts.append((end + step - 1) // step * step)
             end = starts[-1] + param.numel()
             grads_end = end if gradients and param.requires_grad else grads_end
-        data = zeros_flat(end, dtype, device)
-        grads = zeros_flat(grads_end, dtype, device)
+        data = zeros_flat(end, kind.dtype, kind.device)
+        grads = zeros_flat(grads_end, kind.grad_dtype, kind.device)
         for (name, param), start in zip(named, starts, strict=True):
             stride = dense_stride(param)
             view = data.as_strided(param.shape, stride, start).copy_(param)
@@ -422,14 +435,17 @@ def _check(named: Named, gradients: bool) -> None:
 
 
 def _check_gradient(name: str | int, param: torch.Tensor) -> None:
-    grad = param.grad
-    dtype = getattr(param, "grad_dtype", None) or param.dtype
-    if dtype != param.dtype or (
-        grad is not None
-        and not (is_plain(grad) and grad.dtype == param.dtype and grad.shape == param.shape)
-    ):
-        found = f"{dtype}" if grad is None else f"{grad.layout}, {grad.dtype}, {tuple(grad.shape)}"
+    grad, dtype = param.grad, _grad_dtype(param)
+    if dtype.is_complex != param.is_complex() or dtype not in STORED:
         raise TypeError(
-            f"the gradient of parameter {name!r} ({found}) is unlike it ({param.dtype}, "
-            f"{tuple(param.shape)}); clear it first, or pass gradients=False"
+            f"parameter {name!r} of {param.dtype} wants gradients of {dtype}, which no kernel "
+            "takes; set its grad_dtype to float32, bfloat16 or float16, or pass gradients=False"
+        )
+    if grad is not None and not (
+        is_plain(grad) and grad.dtype == dtype and grad.shape == param.shape
+    ):
+        raise TypeError(
+            f"the gradient of parameter {name!r} ({grad.layout}, {grad.dtype}, "
+            f"{tuple(grad.shape)}) is not as it should be ({dtype}, {tuple(param.shape)}); clear "
+            "it first, or pass gradients=False"
         )
