@@ -19,6 +19,9 @@ REFUSED = (ValueError, TypeError, RuntimeError, IndexError, OverflowError)
 COUNT = 8
 
 
+EXTRAS = _core.EXTRAS
+BF16, F16 = (_core.layouts().index((dtype,) * 3) for dtype in ("bfloat16", "float16"))
+
 # ---- update
 
 
@@ -85,12 +88,51 @@ def call_update(**changes: Any) -> None:
         {"step": 2**64},
         {"scale": None},
         {"threads": "two"},
+        {"flags": EXTRAS["master_copy"], "master": 64},
+        {"flags": EXTRAS["master_split"], "layout": BF16},
+        {"flags": EXTRAS["master_split"], "layout": F16, "master": 64},
+        {"flags": EXTRAS["master_split"] | EXTRAS["master_copy"], "layout": BF16, "master": 64},
+        {"flags": EXTRAS["stochastic"]},
+        {"flags": EXTRAS["average"]},
+        {"flags": 2 * max(EXTRAS.values())},
+        {"master": 64},
+        {"average": 64},
+        {"seed": -1},
+        {"first": 2**32},
     ],
     ids=str,
 )
 def test_an_update_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(REFUSED):
         call_update(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grad": 0},
+        {"grad": -8},
+        {"dtype": "int16"},
+        {"dtype": "float8"},
+        {"count": -1},
+        {"count": 2**70},
+        {"largest": "yes", "dtype": None},
+        {"threads": "two"},
+    ],
+    ids=str,
+)
+def test_a_norm_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
+    grad = np.ones(COUNT, np.float32)
+    arguments = {
+        "grad": address(grad),
+        "dtype": "float32",
+        "count": COUNT,
+        "largest": False,
+        "threads": 1,
+    }
+    assert _core.norm(**arguments) == COUNT
+    with pytest.raises(REFUSED):
+        _core.norm(**arguments | changes)
 
 
 def test_an_unknown_rule_is_answered_with_those_that_exist() -> None:
@@ -196,8 +238,8 @@ class Setting:
     def matches(self) -> bool:
         return self.plan.matches(self.groups, self.state, self.flags)
 
-    def step(self) -> Any:
-        return self.plan.step(self.hyper, [1.0], 1)
+    def step(self, **more: Any) -> Any:
+        return self.plan.step(self.hyper, [1.0], 1, **more)
 
     def assert_untouched(self) -> None:
         for param in self.params:
@@ -216,6 +258,27 @@ def test_the_setting_of_these_tests_is_right(setting: Setting) -> None:
     assert setting.step() is None
     assert all(param[0] < 1 for param in setting.params)
     assert all(state["step"] == 1 for state in setting.state.values())
+
+
+def test_a_norm_needs_a_match_and_a_number_for_each_gradient_elsewhere(setting: Setting) -> None:
+    with pytest.raises(RuntimeError, match="matches"):
+        setting.plan.norm(False, [], 1)
+    assert setting.matches()
+    norm = setting.plan.norm(False, [], 1)
+    assert norm == sum(float((param.grad**2).sum()) for param in setting.params)
+    setting.plan.release()
+    with pytest.raises(RuntimeError, match="matches"):
+        setting.plan.norm(False, [], 1)
+
+
+@pytest.mark.parametrize("extras", [[(1.0, 0.0, 0)] * 5, [(1.0,)], [(1.0, 0.0, -1)], [None]])
+def test_a_step_with_extras_that_make_no_sense_updates_nothing(
+    setting: Setting, extras: Any
+) -> None:
+    assert setting.matches()
+    with pytest.raises(REFUSED):
+        setting.step(extras=extras)
+    setting.assert_untouched()
 
 
 def test_a_step_without_a_match_updates_nothing(setting: Setting) -> None:
