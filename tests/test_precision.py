@@ -12,7 +12,13 @@ import pytest
 import torch
 from reference_run import ReferenceRun, stored
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import Parameter
+from torch.optim import lr_scheduler
 
 import flatstep
 from flatstep import reference
@@ -440,3 +446,89 @@ def test_what_no_kernel_takes_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'embedding' cannot be updated by a kernel.*ema_decay"):
         opt.step()
     assert not opt.state
+
+
+# ---- what is around the step
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "step": lambda opt: lr_scheduler.StepLR(opt, 1, 0.5),
+    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
+    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 3),
+    "one cycle": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, total_steps=6),
+    "sequential": lambda opt: lr_scheduler.SequentialLR(
+        opt,
+        [lr_scheduler.ConstantLR(opt, 0.5, 2), lr_scheduler.ExponentialLR(opt, 0.9)],
+        milestones=[2],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_schedulers_are_followed(name: str, kind: str) -> None:
+    dtype, grad_dtype, options = MODES["everything"]
+    params = make_params(dtype)
+    opt = OPTIMIZERS[name](params, **options)
+    expected = ReferenceRun(opt)
+    scheduler = SCHEDULERS[kind](opt)
+    for step in range(4):
+        give(params, grad_dtype, step)
+        expected.step()
+        opt.step()
+        expected.assert_same()
+        scheduler.step()
+
+
+def test_gradients_accumulate_in_their_own_dtype() -> None:
+    torch.manual_seed(0)
+    model, other = (torch.nn.Linear(8, 4).bfloat16() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    for param in model.parameters():
+        param.grad_dtype = F32
+    buffer = flatstep.FlatBuffer(model.parameters())
+    opt = flatstep.AdamW(model.parameters(), master="split", state_dtype=F32, max_grad_norm=1.0)
+    by_hand = flatstep.AdamW(other.parameters(), master="split", state_dtype=F32, max_grad_norm=1.0)
+    for step in range(3):
+        total = [torch.zeros_like(param, dtype=F32) for param in other.parameters()]
+        for part in range(3):
+            generator = torch.Generator().manual_seed(10 * step + part)
+            x = torch.randn(16, 8, generator=generator).bfloat16()
+            model(x).square().sum().backward()
+            other.zero_grad()
+            other(x).square().sum().backward()
+            torch._foreach_add_(total, [param.grad.float() for param in other.parameters()])
+        for param, grad in zip(other.parameters(), total, strict=True):
+            param.grad = None
+            param.grad_dtype = F32
+            param.grad = grad
+        opt.step()
+        opt.zero_grad()
+        by_hand.step()
+        for param in other.parameters():
+            param.grad = None
+            param.grad_dtype = BF16
+        assert all(same(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert buffer.grads[0].dtype == F32
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("mode", ["everything", "bf16, f32 master", "bf16, chance", "f64, average"])
+def test_distributed_checkpoints_keep_every_dtype(mode: str, flatten: bool) -> None:
+    dtype, _, options = MODES[mode]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 3)).to(dtype)
+    fresh = copy.deepcopy(model)
+    opt = flatstep.AdamW(model.parameters(), **options)
+    for step in range(2):
+        give(list(model.parameters()), dtype, step)
+        opt.step()
+    saving = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=saving))
+    fresh.load_state_dict(model.state_dict())
+    other = flatstep.AdamW(fresh.parameters(), **options)
+    set_optimizer_state_dict(fresh, other, saved, options=saving)
+    assert_same_states(opt, other, list(model.parameters()), list(fresh.parameters()))
+    for of, these in ((opt, model), (other, fresh)):
+        give(list(these.parameters()), dtype, 2)
+        of.step()
+    assert_same_states(opt, other, list(model.parameters()), list(fresh.parameters()))
