@@ -259,7 +259,7 @@ def test_a_split_master_is_the_same_but_for_halves(name: str) -> None:
 
 
 def every_split() -> np.ndarray:
-    """Every lower half of a few values, the odd halves among them."""
+    """Every lower half of a few values, the halves above even and odd ones among them."""
     high = np.array(
         [0x0000, 0x0001, 0x3F80, 0x3F81, 0x8000, 0x8001, 0xBF81, 0x7F7F, 0xFF7F, 0x7F80]
     )
@@ -273,8 +273,8 @@ def test_two_halves_are_the_value_and_the_upper_one_its_nearest() -> None:
     joined = reference.join(high, low)
     assert np.array_equal(reference.narrow(joined, "bfloat16"), high)
     bits = values.view(np.uint32)
-    is_odd_half = (bits & 0x1FFFF) == 0x18000
-    assert np.array_equal(joined.view(np.uint32), bits + is_odd_half)
+    is_even_half = (bits & 0x1FFFF) == 0x8000
+    assert np.array_equal(joined.view(np.uint32), bits - is_even_half)
     ours = weights.split(torch.from_numpy(values.copy()))
     assert np.array_equal(stored(ours[0]), high)
     assert np.array_equal(ours[1].numpy().view(np.uint16), low)

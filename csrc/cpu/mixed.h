@@ -63,6 +63,10 @@ struct MixedLoop {
     return Lanes<V>::load_halves(reinterpret_cast<const std::uint16_t*>(from) + vector * kLanes);
   }
 
+  FLATSTEP_INLINE static auto load_offsets(const char* from, int vector) {
+    return Lanes<V>::load_offsets(reinterpret_cast<const std::uint16_t*>(from) + vector * kLanes);
+  }
+
   template <class Bits>
   FLATSTEP_INLINE static void store_halves(char* to, int vector, Bits halves) {
     Lanes<V>::store_halves(reinterpret_cast<std::uint16_t*>(to) + vector * kLanes, halves);
@@ -114,7 +118,7 @@ struct MixedLoop {
       if (form.extras & kMasterSplit) {
         Values<kCount> weight;
         for (int j = 0; j < kCount; ++j) {
-          weight.at[j] = join<V>(load_halves(at.param, j), load_halves(at.master, j));
+          weight.at[j] = join<V>(load_halves(at.param, j), load_offsets(at.master, j));
         }
         return weight;
       }
@@ -132,8 +136,8 @@ struct MixedLoop {
           const int j = static_cast<int>(&x - weight.at);
           const auto halves = split(x);
           store_halves(at.param, j, halves.high);
-          store_halves(at.master, j, halves.low);
-          if (form.extras & kAverage) x = join<V>(halves.high, halves.low);
+          store_halves(at.master, j, halves.all);
+          x = float_of(halves.all);
         }
         return;
       }

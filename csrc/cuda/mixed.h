@@ -141,7 +141,8 @@ struct MixedLoop {
         Values weight;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          weight.at[i] = join<float>(half_of(param, i), half_of(master, i));
+          const auto offset = static_cast<std::int16_t>(half_of(master, i));
+          weight.at[i] = join<float>(half_of(param, i), static_cast<std::uint32_t>(offset));
         }
         return weight;
       }
@@ -166,8 +167,8 @@ struct MixedLoop {
           if (launch.extras & kMasterSplit) {
             const auto halves = split(weight.at[i]);
             put_half(param, i, halves.high);
-            put_half(master, i, halves.low);
-            weight.at[i] = join<float>(halves.high, halves.low);
+            put_half(master, i, halves.all & 0xffff);
+            weight.at[i] = float_of(halves.all);
           } else {
             const auto random = random_of<float>(number + i, prepared.numbers.chance_key);
             const auto half = round_by_chance(weight.at[i], random);

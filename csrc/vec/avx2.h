@@ -49,6 +49,10 @@ template <int kBits>
 FLATSTEP_INLINE U32 shift_right(U32 a) {
   return {_mm256_srli_epi32(a.x, kBits)};
 }
+template <int kBits>
+FLATSTEP_INLINE U32 shift_right_signed(U32 a) {
+  return {_mm256_srai_epi32(a.x, kBits)};
+}
 FLATSTEP_INLINE U32 equal(U32 a, U32 b) { return {_mm256_cmpeq_epi32(a.x, b.x)}; }
 FLATSTEP_INLINE U32 bits_of(F32 a) { return {_mm256_castps_si256(a.x)}; }
 FLATSTEP_INLINE F32 float_of(U32 a) { return {_mm256_castsi256_ps(a.x)}; }
@@ -123,10 +127,14 @@ struct Lanes<avx2::F32> {
   FLATSTEP_INLINE static Bits load_halves(const std::uint16_t* from) {
     return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
   }
-  // The lanes hold no more than 16 bits, so that the saturation of the packing does nothing.
+  FLATSTEP_INLINE static Bits load_offsets(const std::uint16_t* from) {
+    return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+  }
+  // Of lanes that hold no more than 16 bits the packing saturates nothing.
   FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
+    const __m256i low = _mm256_and_si256(a.x, _mm256_set1_epi32(0xffff));
     const __m128i packed =
-        _mm_packus_epi32(_mm256_castsi256_si128(a.x), _mm256_extracti128_si256(a.x, 1));
+        _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
   }
   FLATSTEP_INLINE static Bits load_bits(const void* from) {

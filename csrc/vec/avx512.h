@@ -51,6 +51,10 @@ template <int kBits>
 FLATSTEP_INLINE U32 shift_right(U32 a) {
   return {_mm512_srli_epi32(a.x, kBits)};
 }
+template <int kBits>
+FLATSTEP_INLINE U32 shift_right_signed(U32 a) {
+  return {_mm512_srai_epi32(a.x, kBits)};
+}
 FLATSTEP_INLINE U32 equal(U32 a, U32 b) {
   return {_mm512_movm_epi32(_mm512_cmpeq_epi32_mask(a.x, b.x))};
 }
@@ -131,6 +135,9 @@ struct Lanes<avx512::F32> {
   using Bits = avx512::U32;
   FLATSTEP_INLINE static Bits load_halves(const std::uint16_t* from) {
     return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+  }
+  FLATSTEP_INLINE static Bits load_offsets(const std::uint16_t* from) {
+    return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
   FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a.x));

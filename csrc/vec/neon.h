@@ -48,6 +48,10 @@ template <int kBits>
 FLATSTEP_INLINE U32 shift_right(U32 a) {
   return {vshrq_n_u32(a.x, kBits)};
 }
+template <int kBits>
+FLATSTEP_INLINE U32 shift_right_signed(U32 a) {
+  return {vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a.x), kBits))};
+}
 FLATSTEP_INLINE U32 equal(U32 a, U32 b) { return {vceqq_u32(a.x, b.x)}; }
 FLATSTEP_INLINE U32 bits_of(F32 a) { return {vreinterpretq_u32_f32(a.x)}; }
 FLATSTEP_INLINE F32 float_of(U32 a) { return {vreinterpretq_f32_u32(a.x)}; }
@@ -117,6 +121,9 @@ struct Lanes<neon::F32> {
   using Bits = neon::U32;
   FLATSTEP_INLINE static Bits load_halves(const std::uint16_t* from) {
     return {vmovl_u16(vld1_u16(from))};
+  }
+  FLATSTEP_INLINE static Bits load_offsets(const std::uint16_t* from) {
+    return {vreinterpretq_u32_s32(vmovl_s16(vreinterpret_s16_u16(vld1_u16(from))))};
   }
   FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
     vst1_u16(to, vmovn_u32(a.x));

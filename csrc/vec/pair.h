@@ -101,8 +101,12 @@ struct Lanes<Pair<V>> {
     const Half both = Lanes<V>::load_bits(from);
     return {both & Lanes<V>::all_bits(0xffff), shift_right<16>(both)};
   }
+  FLATSTEP_INLINE static Bits load_offsets(const std::uint16_t* from) {
+    const Half both = Lanes<V>::load_bits(from);
+    return {shift_right_signed<16>(shift_left<16>(both)), shift_right_signed<16>(both)};
+  }
   FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits a) {
-    Lanes<V>::store_bits(to, a.even | shift_left<16>(a.odd));
+    Lanes<V>::store_bits(to, (a.even & Lanes<V>::all_bits(0xffff)) | shift_left<16>(a.odd));
   }
   FLATSTEP_INLINE static Bits all_bits(std::uint32_t x) {
     return {Lanes<V>::all_bits(x), Lanes<V>::all_bits(x)};

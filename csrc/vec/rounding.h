@@ -42,24 +42,25 @@ FLATSTEP_INLINE BitsOf<V> random_of(BitsOf<V> number, const std::uint32_t (&keys
 
 template <class Bits>
 struct Split {
-  Bits high, low;
+  Bits high;  // the nearest bfloat16, in the lower half of each lane
+  Bits all;   // of the value that the two halves stand for
 };
 
-// The nearest bfloat16 and the lower half of the bits, which tell together what x was. An odd upper
-// half with a lower one of exactly a half has no code left (an even bfloat16 is the nearest to
-// 65,537 values): it becomes the next value away from zero.
+// The nearest bfloat16, and the lower half of all bits: as a signed number, how far the value is
+// from it. An even upper half and a lower one of exactly a half would take one number more than
+// there are (an even bfloat16 is the nearest to 65,537 values): it becomes the next value towards
+// zero.
 template <class V>
 FLATSTEP_INLINE Split<BitsOf<V>> split(V x) {
   auto bits = where_nan(x, all_bits<V>(std::uint32_t{kBFloat16NaN} << 16), bits_of(x));
-  bits = bits - equal(bits & all_bits<V>(0x1ffff), all_bits<V>(0x18000));
-  const auto odd = shift_right<16>(bits) & all_bits<V>(1);
-  return {shift_right<16>(bits + all_bits<V>(0x7fff) + odd), bits & all_bits<V>(0xffff)};
+  bits = bits + equal(bits & all_bits<V>(0x1ffff), all_bits<V>(0x8000));
+  return {shift_right<16>(bits + all_bits<V>(0x8000)), bits};
 }
 
+// offset: the lower half, its sign extended.
 template <class V>
-FLATSTEP_INLINE V join(BitsOf<V> high, BitsOf<V> low) {
-  const auto rounded_up = shift_right<16>(low + all_bits<V>(0x7fff));
-  return float_of(shift_left<16>(high - rounded_up) | low);
+FLATSTEP_INLINE V join(BitsOf<V> high, BitsOf<V> offset) {
+  return float_of(shift_left<16>(high) + offset);
 }
 
 }  // namespace flatstep

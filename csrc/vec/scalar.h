@@ -64,6 +64,11 @@ struct Lanes<float> {
 
   using Bits = std::uint32_t;
   FLATSTEP_INLINE static Bits load_halves(const std::uint16_t* from) { return *from; }
+  // With their signs extended.
+  FLATSTEP_INLINE static Bits load_offsets(const std::uint16_t* from) {
+    return static_cast<Bits>(static_cast<std::int16_t>(*from));
+  }
+  // The lower half of each lane.
   FLATSTEP_INLINE static void store_halves(std::uint16_t* to, Bits x) {
     *to = static_cast<std::uint16_t>(x);
   }

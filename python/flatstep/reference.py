@@ -223,22 +223,20 @@ def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
 def split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32 values as the nearest bfloat16 (uint16) and the lower half of their bits (uint16).
 
-    The two tell what the value was. An odd upper half with a lower one of exactly a half has no
-    code left (an even bfloat16 is the nearest to 65,537 values): it becomes the next value away
-    from zero.
+    The second, as a signed number, is how far the value is from the first. An even upper half and a
+    lower one of exactly a half would take one number more than there are (an even bfloat16 is the
+    nearest to 65,537 values): it becomes the next value towards zero.
     """
     bits = np.where(np.isnan(x), np.uint32(0x7FC00000), x.view(np.uint32))
-    bits = bits + ((bits & np.uint32(0x1FFFF)) == 0x18000).astype(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    high = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    bits = bits - ((bits & np.uint32(0x1FFFF)) == 0x8000).astype(np.uint32)
+    high = (bits + np.uint32(0x8000)) >> np.uint32(16)
     return high.astype(np.uint16), bits.astype(np.uint16)
 
 
 def join(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """The float32 values that :func:`split` made two halves of."""
-    rounded_up = (low > 0x8000).astype(np.uint32)
-    bits = ((high.astype(np.uint32) - rounded_up) << np.uint32(16)) | low.astype(np.uint32)
-    return bits.view(np.float32)
+    offset = low.view(np.int16).astype(np.int32).view(np.uint32)
+    return ((high.astype(np.uint32) << np.uint32(16)) + offset).view(np.float32)
 
 
 _WORD = (1 << 64) - 1

@@ -15,15 +15,14 @@ from flatstep.optim.extras import AVERAGE, MASTER, MASTER_LOW
 def split(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 values as bfloat16 and int16, as :func:`flatstep.reference.split` does."""
     bits = torch.where(weight.isnan(), 0x7FC00000, weight.view(torch.int32))
-    bits = bits + ((bits & 0x1FFFF) == 0x18000).int()
-    high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = bits - ((bits & 0x1FFFF) == 0x8000).int()
+    high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
 def join(param: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The float32 values that :func:`split` made two of."""
-    high, rest = param.detach().view(torch.int16).int(), low.int() & 0xFFFF
-    return (((high - (rest > 0x8000).int()) << 16) | rest).view(torch.float32)
+    return ((param.detach().view(torch.int16).int() << 16) + low.int()).view(torch.float32)
 
 
 def reconcile(masters: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
