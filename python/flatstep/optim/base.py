@@ -286,12 +286,14 @@ class Optimizer(Weights, torch.optim.Optimizer):
         variants = [self.variant(group) for group in groups]
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        unscales = grad_scale is not None
-        flags = [
-            variant.flags | extras.bits(group, unscales=unscales)
-            for variant, group in zip(variants, groups, strict=True)
-        ]
-        clipped = clipping.asked(groups)
+        flags = [variant.flags for variant in variants]
+        clipped = None
+        asks = any(map(extras.are_in, groups))  # for more than torch's update
+        if asks:
+            unscales = grad_scale is not None
+            bits = [extras.bits(group, unscales=unscales) for group in groups]
+            flags = [rule | beside for rule, beside in zip(flags, bits, strict=True)]
+            clipped = clipping.asked(groups)
         table, is_new = self._table, False
         if (
             table is None
@@ -306,16 +308,15 @@ class Optimizer(Weights, torch.optim.Optimizer):
         if gpus and not deferred and found_inf is not None and float(found_inf):
             return
         unscale = 1.0 if grad_scale is None or deferred else 1.0 / float(grad_scale)
-        factors = [1.0] * len(groups)
+        scales = [-unscale if group["maximize"] else unscale for group in groups]
         if clipped is not None:
             norm = self._clip(table, clipped, unscale, is_new=is_new)
             if norm is None:
                 return
-            factors = [clipping.factor(group, norm) for group in groups]
-        scales = [
-            (-unscale if group["maximize"] else unscale) * factor
-            for group, factor in zip(groups, factors, strict=True)
-        ]
+            scales = [
+                scale * clipping.factor(group, norm)
+                for scale, group in zip(scales, groups, strict=True)
+            ]
         hyper = [
             [0.0] * len(values)
             if group["differentiable"]
@@ -328,14 +329,15 @@ class Optimizer(Weights, torch.optim.Optimizer):
             inputs = reader.inputs(
                 [values for _, values in variants], grad_scale, found_inf, deferred=deferred
             )
-        table.follow_masters()
         updated = plan.updated()
-        beside = [extras.numbers(group, unscale) for group in groups]
+        numbers = [extras.numbers(group, unscale) for group in groups] if asks else []
+        if asks:
+            table.follow_masters()
+            if any(variant & _WRITES_GRAD for variant in flags):
+                increment_version([param.grad for param in updated])
         # Before, not after: now torch's objects are in the caches.
         increment_version(updated + table.written)
-        if any(bits & _WRITES_GRAD for bits in flags):
-            increment_version([param.grad for param in updated])
-        plan.step(hyper, scales, torch.get_num_threads(), inputs, beside)
+        plan.step(hyper, scales, torch.get_num_threads(), inputs, numbers)
         known = not deferred or found_inf is None  # whether there was an update
         for buffer, count in table.cleared.items():
             buffer.mark_cleared(count if known and len(updated) == table.rows else 0)
@@ -343,12 +345,14 @@ class Optimizer(Weights, torch.optim.Optimizer):
             if other.found.param.grad is not None:
                 index = other.found.group
                 variant = Variant(flags[index], variants[index].hyper)
-                self._update_other(other, variant, scales[index], beside[index])
+                beside = extras.numbers(self.param_groups[index], unscale)
+                self._update_other(other, variant, scales[index], beside)
         for other in table.others:
             grad = other.found.param.grad
             if grad is not None and flat.clearing_buffer(other.found.param):
                 grad.zero_()
-        table.note_masters()
+        if asks:
+            table.note_masters()
 
     def _clip(
         self, table: Table, clipped: clipping.Asked, unscale: float, *, is_new: bool
