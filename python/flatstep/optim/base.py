@@ -14,22 +14,18 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from flatstep import _core, flat, reference
-from flatstep._torch import connect_dtensor, increment_version
-from flatstep.optim import clipping, extras, gpu, release, states, torch_ops
+from flatstep._torch import increment_version
+from flatstep.optim import clipping, extras, gpu, release, torch_ops
 from flatstep.optim.extras import Extras
+from flatstep.optim.finding import Finding, grad_of
 from flatstep.optim.hooks import with_hooks
 from flatstep.optim.release import Release
 from flatstep.optim.routes import (
-    Found,
     Route,
     is_on_gpu,
-    layout_of,
     local_of,
-    overlapping,
-    route_of,
     update_alone,
 )
-from flatstep.optim.states import Wanted
 from flatstep.optim.table import Other, Table
 from flatstep.optim.weights import Weights
 
@@ -41,10 +37,6 @@ def flag_bits(rule: str) -> dict[str, int]:
     return {name: 1 << bit for bit, name in enumerate(RULES[rule]["flags"])}
 
 
-_VARIANTS: dict[str, dict[int, tuple[str, ...]]] = {
-    name: dict(rule["variants"]) for name, rule in RULES.items()
-}
-_FLAGS = 0xFF  # of a variant: the rule's; the extras are above
 _WRITES_GRAD = _core.EXTRAS["writes_grad"]
 
 
@@ -63,7 +55,7 @@ class Variant(NamedTuple):
     hyper: list[Any]
 
 
-class Optimizer(Weights, torch.optim.Optimizer):
+class Optimizer(Weights, Finding, torch.optim.Optimizer):
     """An optimizer of :mod:`torch.optim` whose update is one pass over memory.
 
     A subclass names its rule, validates a group's options and turns them into a variant. The rest
@@ -71,11 +63,7 @@ class Optimizer(Weights, torch.optim.Optimizer):
     kernel's memory (``_core.Plan``), creating states, and making one call a step.
     """
 
-    rule: ClassVar[str]
-    sparse_message: ClassVar[str | None]  # of the error; None where sparse gradients are fine
     later_options: ClassVar[dict[str, Any]]  # what a checkpoint of an older torch may lack
-    counts_steps: ClassVar[bool] = True  # whether torch's state has a "step"
-    _elements_before = 0  # of parameters in front of this optimizer's, for chance
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Extras) -> None:
         unknown = [name for name in options if name not in extras.DEFAULTS]
@@ -395,159 +383,13 @@ class Optimizer(Weights, torch.optim.Optimizer):
                 self.state.pop(found.param, None)
             self._table = None
 
-    def _label(self, group: int, place: int) -> str:
-        names = self.param_groups[group].get("param_names")
-        if names:
-            return f"parameter '{names[place]}'"
-        return f"parameter {place} of group {group}"
-
-    def _find(self) -> list[Found]:
-        everything, first = [], self._elements_before
-        for index, group in enumerate(self.param_groups):
-            for place, param in enumerate(group["params"]):
-                everything.append(Found(param, self._label(index, place), index, first))
-                first += local_of(param).numel()
-        return everything
-
-    def _route(self, found: Found) -> Route:
-        route = route_of(found, differentiable=self.param_groups[found.group]["differentiable"])
-        if route is Route.SPARSE and self.sparse_message is not None:
-            raise RuntimeError(self.sparse_message)
-        return route
-
-    def _counts(self, found: Found) -> bool:
-        return self.counts_steps or extras.counts_steps(self.param_groups[found.group])
-
-    def _step_device(self, found: Found) -> torch.device | None:
-        """Where torch keeps the parameter's step: on its GPU where nobody may wait for it."""
-        if not self._counts(found):
-            return None
-        group = self.param_groups[found.group]
-        device = found.param.device
-        on_gpu = device.type == "cuda" and (group.get("capturable") or group.get("fused"))
-        return device if on_gpu else torch.device("cpu")
-
-    def _others_moved(self, table: Table) -> bool:
-        return any(
-            self._route(other.found) not in (other.route, Route.KERNEL)
-            or (
-                other.route is Route.ALONE
-                and states.are_foreign(self.state.get(other.found.param, {}), other.states)
-            )
-            for other in table.others
-            if other.found.param.grad is not None
-        )
-
-    def _build(self, flags: list[int]) -> Table:
-        """Finds every parameter's way and fills a plan. Raises before anything has changed."""
-        self._table = None
-        connect_dtensor()
-        everything = self._find()
-        if any(found.param.device.type == "cuda" for found in everything):
-            gpu.warn_if_absent()
-        routes = {found: self._route(found) for found in everything if found.param.grad is not None}
-        plain = [found for found, route in routes.items() if route in (Route.KERNEL, Route.ALONE)]
-        for place in overlapping([local_of(found.param) for found in plain]):
-            routes[plain[place]] = Route.ALONE  # one after the other, as torch would
-        wanted = {
-            found: self._wanted(found, flags[found.group])
-            for found, route in routes.items()
-            if route is not Route.SPARSE
-        }
-        for found, of in wanted.items():
-            state = self.state.get(found.param, {})
-            states.check(state, found, of.names)
-            if routes[found] is not Route.TORCH and (
-                states.are_foreign(state, of)
-                or layout_of(found.param, _grad_of(found.param), of.dtypes[0] if of.rule else None)
-                is None
-            ):
-                routes[found] = Route.TORCH
-        for found, route in routes.items():
-            group = self.param_groups[found.group]
-            extras.validate_param(group, found.param, found.name)
-            if route in (Route.TORCH, Route.SPARSE):
-                extras.refuse(group, found.name)
-        new = [found for found in wanted if not self.state.get(found.param)]
-        with torch.no_grad():
-            firsts = states.complete(
-                {
-                    found: self.state[found.param]
-                    for found, of in wanted.items()
-                    if of.names or self._counts(found)
-                },
-                wanted,
-                routes,
-                step_device=self._step_device,
-                gather=self._gather,
-            )
-        plan = _core.Plan(self.rule)
-        plan.begin(flags, self._elements_before % 2**32)
-        others: list[Other] = []
-        rows = 0
-        cleared: dict[flat.FlatBuffer, int] = {}
-        masters: list[tuple[torch.Tensor, torch.Tensor]] = []
-        written: dict[int, torch.Tensor] = {}  # one of each storage stands for all its views
-        for found in everything:
-            way, of = routes.get(found), wanted.get(found, Wanted((), (), ()))
-            counts = self._counts(found)
-            state = self.state[found.param] if of.names or (counts and way) else {}
-            if extras.MASTER in of.names:
-                masters.append((local_of(found.param), local_of(state[extras.MASTER])))
-            if way is not Route.KERNEL:
-                count = local_of(found.param).numel()
-                plan.add_other(found.group, found.param, count, way is None)
-                if way is not None:
-                    others.append(Other(found, way, of, found in firsts))
-                continue
-            step = state["step"] if counts else None
-            first_step = None if self.counts_steps else found in firsts
-            buffer = flat.clearing_buffer(found.param)
-            if buffer:
-                cleared[buffer] = cleared.get(buffer, 0) + 1
-            tensors = [state[name] for name in of.names]
-            grad = found.param.grad if buffer else None
-            rows += 1
-            plan.add(found.group, found.param, tensors, step, first_step, grad)
-            for tensor in [*tensors, *([] if step is None else [step])]:
-                written[local_of(tensor).untyped_storage().data_ptr()] = local_of(tensor)
-        plan.end(self.state)
-        devices = plan.devices()
-        gpus = [device for device in devices if device >= 0]
-        self._gather = False
-        self._table = Table(
-            plan,
-            flags,
-            others,
-            new,
-            list(written.values()),
-            masters,
-            cleared,
-            rows,
-            gpus,
-            only_gpus=bool(devices) and gpus == devices and not others,
-            is_double=any(found.param.dtype == torch.float64 for found in everything),
-            params=[found.param for found in everything],
-        )
-        return self._table
-
-    def _wanted(self, found: Found, flags: int) -> Wanted:
-        """The states that a parameter's variant uses, and their dtypes."""
-        group, param = self.param_groups[found.group], found.param
-        rule = _VARIANTS[self.rule][flags & _FLAGS]
-        names = (*rule, *extras.names(group))
-        usual = states.dtype_of(self.state.get(param, {}), found, rule)
-        return Wanted(
-            rule, names, tuple(extras.dtype_of(name, group, param) or usual for name in names)
-        )
-
     def _update_other(
         self, other: Other, variant: Variant, scale: float, beside: tuple[float, float, int]
     ) -> None:
         found, param = other.found, other.found.param
-        grad, group = _grad_of(param), self.param_groups[found.group]
+        grad, group = grad_of(param), self.param_groups[found.group]
         differentiable = group["differentiable"]
-        rule_flags = variant.flags & _FLAGS
+        rule_flags = variant.flags & extras.RULE_FLAGS
         with torch.set_grad_enabled(differentiable):
             hyper = variant.hyper if differentiable else [float(x) for x in variant.hyper]
             names = dict(zip(RULES[self.rule]["hyper"], hyper, strict=True))
@@ -590,9 +432,3 @@ class Optimizer(Weights, torch.optim.Optimizer):
             if counts:
                 state["step"].add_(1)
         other.first_step = False
-
-
-def _grad_of(param: torch.Tensor) -> torch.Tensor:
-    grad = param.grad
-    assert grad is not None
-    return grad

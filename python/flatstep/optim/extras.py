@@ -11,6 +11,7 @@ import torch
 from flatstep import _core
 
 _BITS = _core.EXTRAS
+RULE_FLAGS = 0xFF  # of a variant's bits, those of the rule; extras are above
 
 
 class Extras(TypedDict, total=False):
