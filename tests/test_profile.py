@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import flatstep
 from flatstep import _core, profile, reference
 from flatstep._torch import HUGE_PAGE, zeros_flat
-from flatstep.optim import extras
+from flatstep.optim import base, extras
 from flatstep.profile import command as commands
 from flatstep.profile import limit, measure, memory, passes, results, text, training, works
 from flatstep.profile.command import profile as command
@@ -431,6 +431,18 @@ def test_torch_s_calls_do_the_same_work_at_every_turn():
         assert norms[0] == pytest.approx(wanted, rel=1e-5)
 
 
+def test_no_master_has_to_follow_what_torch_writes(monkeypatch: pytest.MonkeyPatch):
+    followed: list[int] = []
+    right = base.reconcile
+    monkeypatch.setattr(base, "reconcile", lambda masters: followed.append(1) or right(masters))
+    counts = []
+    for rounds in (1, 9):
+        assert not tiny_passes("f32-master", rounds=rounds).problems
+        counts.append(len(followed))
+        followed.clear()
+    assert counts[0] == counts[1]
+
+
 def test_streams_stand_for_the_arrays_of_a_pass():
     # AdamW's in float32, exactly: parameters and both states are written too.
     assert Mix.of(Moved(8, 4, 16)) == Mix(1, 1, 2, 4)
@@ -805,10 +817,17 @@ def test_plain_lines_need_no_tools(tmp_path: Path):
         "runpy.run_module('flatstep.profile', run_name='__main__')"
     )
     chosen = ["--workload", "mlp", "--optimizer", "sgd", "--rounds", "1", "--no-slow-paths"]
+    chosen += ["--pass", "norm"]
     run = [sys.executable, "-c", code, *chosen, "--json", str(kept)]
     done = subprocess.run(run, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for said in ("Small MLP × sgd, float32", "torch fused", "of limit", flatstep.__version__):
+    for said in (
+        "Small MLP × sgd, float32",
+        "torch fused",
+        "of limit",
+        "norm of the gradients, f32",
+        flatstep.__version__,
+    ):
         assert said in done.stdout
     assert profile.Report.from_dict(json.loads(kept.read_text())).measured
 

@@ -57,7 +57,7 @@ class PassTask:
     def weight(self) -> float:
         """Its share of the time: about the seconds that it takes."""
         gigabytes = _size(self.work).moved * self.workload.parameters / 1e9
-        return 1.5 + 1.5 * gigabytes + len(self.workload.shapes) / 2500
+        return 1.0 + 1.5 * gigabytes + len(self.workload.shapes) / 2500
 
     def result(self) -> Pass:
         """The pass, before it is measured."""
@@ -244,6 +244,7 @@ def _size(work: Work) -> _Size:
     # On two kinds of pages: parameters and gradients are on both, states on one.
     limit = max(mix.size * (2 * (mix.params + mix.grads) + mix.states) for mix in mixes)
     tensors = 3 * (work.dtype.itemsize + work.grad_dtype.itemsize)  # apart, flat, to begin with
+    tensors += work.dtype.itemsize if work.wide == "masters" else 0  # torch's own
     # Random bits, and what they are added to.
     temporaries = 8 if work.by_chance else 0
     return _Size(

@@ -227,6 +227,14 @@ class Arrays:
             torch._foreach_copy_([param.detach() for param in params], self.params)
 
     @cached_property
+    def apart(self) -> list[Parameter]:
+        """Parameters for torch alone to write: masters of flatstep's would have to follow them."""
+        params = [Parameter(param.clone()) for param in self.params]
+        for param, other in zip(params, self.separate, strict=True):
+            param.grad = gradient(other)
+        return params
+
+    @cached_property
     def wide(self) -> list[Tensor]:
         """Parameters in float32, for torch."""
         return [param.float() for param in self.params]
@@ -368,8 +376,9 @@ def _ours(
 
 
 def _torch(work: Work, arrays: Arrays) -> Contender:
-    params = [param.detach() for param in arrays.separate]
-    grads = [gradient(param) for param in arrays.separate]
+    separate = arrays.apart if work.wide == "masters" else arrays.separate
+    params = [param.detach() for param in separate]
+    grads = [gradient(param) for param in separate]
     if work.only_norm:
         nothing = torch.optim.SGD(arrays.separate)
         call = partial(total_norm, grads, work.norm_type)
@@ -413,7 +422,7 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
     return Contender(
         TORCH,
         _all(*before, step, *after),
-        arrays.separate,
+        separate,
         optimizer,
         updated,
         wide=[] if weights is params else weights,
