@@ -1,6 +1,6 @@
 """Measures every figure that flatstep promises, in one run, and says which ones are met.
 
-    python benchmarks/targets.py [--seconds 240] [--json FILE]
+    python benchmarks/targets.py [--seconds 400] [--json FILE]
 
 Times are medians of interleaved rounds; the two sides of a ratio come from the same run. The exit
 code is 1 where a target is missed.
@@ -30,7 +30,7 @@ import flatstep
 from flatstep import profile
 from flatstep._torch import zeros_flat
 from flatstep.profile.measure import Race
-from flatstep.profile.report import case_table, machine_line, training_table
+from flatstep.profile.report import case_table, machine_line, pass_table, training_table
 
 LARGE = ("flat", "gpt2")
 # (optimizer, dtype, workloads): at most this share of torch's best time, on tensors and flat
@@ -43,7 +43,20 @@ RATIOS = {
     ("adam", "float32", ("many",)): (0.12, 0.05),
     ("adam", "float32", ("mlp",)): (0.30, 0.25),
 }
+# On GPT-2 small: at most this share of the time of the torch calls that a pass replaces.
+PASSES = {
+    "norm": 0.45,
+    "clip": 0.62,
+    "clip-ema": 0.58,
+    "scaler-clip": 0.54,
+    "scaler": 0.68,
+    "bf16-grads": 0.65,
+    "split": 0.55,
+    "split-bf16-states": 0.45,
+}
+MOST_BY_CHANCE = 1.10
 LEAST_OF_LIMIT = 0.93
+LEAST_OF_LIMIT_IN_A_PASS = 0.88
 MOST_WHOLE_STEP = 1.0
 MOST_FIRST_STEP = 0.5
 MOST_SUBNORMAL = 1.5
@@ -87,6 +100,27 @@ def profiled(report: profile.Report) -> Iterator[Figure]:
     for way in report.training.results if report.training else []:
         if way.ours and way.to_torch is not None:
             yield Figure(f"whole step: {way.way} ÷ torch fused", way.to_torch, MOST_WHOLE_STEP)
+
+
+def passed(report: profile.Report) -> Iterator[Figure]:
+    """Ratios to the torch calls that passes replace, and shares of the limit for their bytes."""
+    for measured in report.measured_passes:
+        nearest = measured.result("flatstep to nearest")
+        for name in ("flatstep", "flatstep flat"):
+            result = measured.result(name)
+            if result is None or result.to_torch is None:
+                continue
+            most = PASSES.get(measured.name)
+            yield Figure(f"{measured}: {name} ÷ {measured.calls}", result.to_torch, most)
+            if result.of_limit is not None:
+                least = LEAST_OF_LIMIT_IN_A_PASS
+                what = f"{measured}: {name}, share of the limit on {result.pages}"
+                yield Figure(what, result.of_limit, least, at_least=True)
+        tensors = measured.result("flatstep")
+        if nearest and nearest.timing and tensors and tensors.timing:
+            ratio = tensors.timing.median / nearest.timing.median
+            what = f"{measured}: flatstep ÷ {nearest.implementation}"
+            yield Figure(what, ratio, MOST_BY_CHANCE)
 
 
 def parameters(name: str) -> list[Parameter]:
@@ -184,7 +218,7 @@ def peak_memory() -> Iterator[Figure]:
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="How long the profile takes, about.")] = 240,
+    seconds: Annotated[float, typer.Option(help="How long the profile takes, about.")] = 400,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")
     ] = None,
@@ -201,13 +235,15 @@ def main(
             figures += measure()
         report = profile.run(
             tasks(),
+            passes=profile.plan_passes(workloads=["gpt2"]),
             seconds=seconds,
             slow_paths=False,
             on_case=lambda case: console.print(case_table(case)),
+            on_passes=lambda measured: console.print(pass_table(measured)),
             on_training=lambda training: console.print(training_table(training)),
             on_progress=lambda done, label: progress.update(bar, completed=done, description=label),
         )
-    figures = [*profiled(report), *figures]
+    figures = [*profiled(report), *passed(report), *figures]
     table = Table("figure", "found", "target", "", box=None, header_style="dim")
     for figure in figures:
         table.add_row(*figure.row())

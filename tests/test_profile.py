@@ -19,13 +19,17 @@ from typer.testing import CliRunner
 import flatstep
 from flatstep import _core, profile, reference
 from flatstep._torch import HUGE_PAGE, zeros_flat
-from flatstep.profile import limit, measure, memory, training
+from flatstep.optim import base, extras
+from flatstep.profile import command as commands
+from flatstep.profile import limit, measure, memory, passes, results, text, training, works
 from flatstep.profile.command import profile as command
 from flatstep.profile.device import DEVICES, Cpu, Cuda
 from flatstep.profile.implementations import OPTIMIZERS, TORCH_PATHS, Implementation
 from flatstep.profile.limit import (
     COPIED_AT_ONCE,
     Copies,
+    Mix,
+    Moved,
     Pages,
     Streams,
     bytes_moved,
@@ -317,6 +321,242 @@ def test_the_whole_step_is_the_sum_of_its_phases():
         assert result.to_torch == result.total.median / measured.results[0].total.median
 
 
+# ---- the passes
+
+
+def tiny_passes(*names: str, **more: object) -> profile.Report:
+    tasks = [profile.PassTask(TINY, profile.WORKS[name]) for name in names or profile.WORKS]
+    return profile.run([], passes=tasks, **{"rounds": 1, "whole_step": False, **more})
+
+
+#: What a step reads and writes of each parameter, counted by hand.
+PASS_BYTES = {
+    "norm": 4,
+    "norm-inf": 4,
+    "clip": 4 + 28,
+    "skip": 4 + 28,
+    "clip-ema": 4 + 36,
+    "scaler-clip": 4 + 28,
+    "scaler": 4 + 28,
+    "scaler-writes": 4 + 32,
+    "bf16-grads": 8 + 2 + 16,
+    "f32-states": 4 + 2 + 16,
+    "f32-master": 2 + 8 + 2 + 16,
+    "split": 4 + 4 + 2 + 16,
+    "split-bf16-states": 4 + 4 + 2 + 8,
+    "stochastic": 4 + 2 + 8,
+}
+
+
+def test_every_pass_is_right_and_its_figures_follow_from_its_times():
+    found = tiny_passes()
+    assert not found.problems
+    assert {p.name: p.bytes_per_parameter for p in found.passes} == PASS_BYTES
+    for measured in found.measured_passes:
+        assert (measured.workload, measured.parameters) == ("tiny", 1459)
+        seconds = {r.implementation: r.timing.median for r in measured.results}
+        names = {"torch", "flatstep", "flatstep flat"}
+        assert set(seconds) == names | ({"flatstep to nearest"} & set(seconds))
+        assert ("flatstep to nearest" in seconds) == (measured.name == "stochastic")
+        for result in measured.results:
+            name = result.implementation
+            assert result.to_torch == pytest.approx(seconds[name] / seconds["torch"])
+            assert result.gb_per_s == pytest.approx(measured.bytes_moved / seconds[name] / 1e9)
+            if result.ours:
+                [limit] = [x for x in measured.limits if x.pages == result.pages]
+                assert result.of_limit == pytest.approx(limit.timing.median / seconds[name])
+    assert found.exit_code == 0
+    assert len(found.passes) == len(profile.WORKS)
+
+
+def test_every_option_of_a_step_has_a_pass():
+    asked = set().union(*(work.options for work in profile.WORKS.values()))
+    asked |= {"max_grad_norm"} if any(work.clips for work in profile.WORKS.values()) else set()
+    # What chance starts from and what is raised cost nothing.
+    assert asked == set(extras.DEFAULTS) - {"seed", "error_if_nonfinite"}
+
+
+@pytest.mark.parametrize("name", [name for name in PASS_BYTES if not name.startswith("norm")])
+def test_a_pass_with_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch, name: str):
+    right = flatstep.AdamW.step
+
+    def wrong(self: torch.optim.Optimizer) -> None:
+        right(self)
+        param: Tensor = self.param_groups[0]["params"][0]
+        bits = param.data.view(-1).view({2: torch.int16, 4: torch.int32}[param.itemsize])
+        bits[7] += 1
+
+    monkeypatch.setattr(flatstep.AdamW, "step", wrong)
+    found = tiny_passes(name)
+    [measured] = found.passes
+    for result in measured.results:
+        assert (result.timing is None) == result.ours
+        assert (result.problem or "").startswith("wrong result: " if result.ours else "")
+    assert found.failed
+    assert found.exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["norm", "norm-inf", "clip", "skip", "scaler-clip"])
+def test_a_wrong_norm_is_seen(monkeypatch: pytest.MonkeyPatch, name: str):
+    right = reference.norm_of
+    monkeypatch.setattr(reference, "norm_of", lambda *args: 1.0001 * right(*args))
+    [measured] = tiny_passes(name).passes
+    problems = {r.problem for r in measured.results if r.ours}
+    assert problems == {"wrong result: norm unlike the one in double precision"}
+
+
+def test_a_pass_without_its_work_is_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reference, "clip_factor", lambda norm, most: 1.0)
+    for name, place in {"clip": "exp_avg", "scaler-clip": "exp_avg"}.items():
+        [measured] = tiny_passes(name).passes
+        problems = {(r.problem or "").partition(" unlike")[0] for r in measured.results if r.ours}
+        assert problems == {f"wrong result: {place}"}
+
+
+def test_torch_s_calls_do_the_same_work_at_every_turn():
+    arrays = works.Arrays(TINY.shapes, torch.float32, torch.float32)
+    for name in ("clip", "scaler-clip", "scaler"):
+        arrays.reset(arrays.separate)
+        torchs, _, _ = works.contenders(profile.WORKS[name], arrays)
+        if torchs.scaler is not None:
+            torchs.scaler.scale(torch.zeros(()))
+            torchs.scaler.update(1.0)
+        norms = []
+        for _ in range(20):
+            torchs.call()
+            norms.append(float(works.total_norm([p.grad for p in arrays.separate], 2)))
+        assert norms[-1] == pytest.approx(norms[0], rel=1e-5)
+        clips = profile.WORKS[name].clips
+        wanted = works.max_norm(profile.WORKS[name], arrays) if clips else arrays.norms[2]
+        assert norms[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_no_master_has_to_follow_what_torch_writes(monkeypatch: pytest.MonkeyPatch):
+    followed: list[int] = []
+    right = base.reconcile
+    monkeypatch.setattr(base, "reconcile", lambda masters: followed.append(1) or right(masters))
+    counts = []
+    for rounds in (1, 9):
+        assert not tiny_passes("f32-master", rounds=rounds).problems
+        counts.append(len(followed))
+        followed.clear()
+    assert counts[0] == counts[1]
+
+
+def test_streams_stand_for_the_arrays_of_a_pass():
+    # AdamW's in float32, exactly: parameters and both states are written too.
+    assert Mix.of(Moved(8, 4, 16)) == Mix(1, 1, 2, 4)
+    assert Mix.of(Moved(8, 4, 24)) == Mix(1, 1, 3, 4)
+    for moved in (Moved(4, 2, 20), Moved(0, 4, 0), Moved(2, 2, 24), Moved(800, 200, 1600)):
+        mix = Mix.of(moved)
+        assert mix.params + mix.grads + mix.states <= 5
+        streams = 2 * mix.params + mix.grads + 2 * mix.states
+        assert abs(mix.size * streams - sum(moved)) <= streams / 2
+    walks = [Moved(grads=1 << 16), Moved(1 << 16, 0, 1 << 17)]
+    streams = Streams(max(Mix.of(walk).nbytes for walk in walks))
+    streams.walks(walks, Pages())()
+    with pytest.raises(RuntimeError, match="exceeds"):
+        streams.walks([Moved(1 << 17, 0, 1 << 17)], Pages())
+    assert all(not array.any() for array in streams._arrays[False])
+
+
+def test_a_pass_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "bytes_available", lambda: 500_000_000)
+    found = profile.run([], passes=profile.plan_passes(["clip"], ["gpt2"]), whole_step=False)
+    [measured] = found.passes
+    assert measured.refused is not None
+    assert measured.refused.endswith(
+        "0.5 GB are available; what fits: --workload of up to 6.94 M parameters with --pass clip"
+    )
+    assert found.exit_code == 2
+    code, output = invoke("--pass", "clip")
+    assert code == 2
+    assert "resnet50, pass clip: refused: needs" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["clip-ema", "stochastic"])
+def test_a_pass_takes_no_more_memory_than_was_asked_for(name: str):
+    code = f"""
+import re, torch
+from flatstep import profile
+from flatstep.profile.passes import _size
+workload = profile.Workload("", "", ((1 << 22,),) * 2)
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True).step()
+most = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+task = profile.PassTask(workload, profile.WORKS["{name}"])
+needed = _size(task.work).needed * workload.parameters
+before = most()
+report = profile.run([], passes=[task], rounds=1, whole_step=False)
+assert not report.problems, report.problems
+print((most() - before) * 1024 / needed)
+"""
+    run = [sys.executable, "-c", code]
+    share = float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    assert 0.5 < share < 1.1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_command_measures_the_passes_that_are_asked_for(tmp_path: Path):
+    kept = tmp_path / "profile.json"
+    chosen = ["--workload", "tiny", "--rounds", "1"]
+    asked = ["--pass", "stochastic", "--pass", "norm"]
+    code, output = invoke(*chosen, *asked, "--json", str(kept))
+    assert code == 0
+    for said in (
+        "One pass, beside the torch calls that it replaces",
+        "norm of the gradients, f32",
+        "÷ flatstep to nearest",
+        " bytes ",
+    ):
+        assert said in output
+    found = profile.Report.from_dict(json.loads(kept.read_text()))
+    assert [p.name for p in found.passes] == ["norm", "stochastic"]
+    assert not found.cases
+    assert found.training is None
+    assert found.as_dict() == json.loads(kept.read_text())
+    assert invoke("--load", str(kept)) == (0, output)
+    assert "norm of the gradients, f32" in text.plain_passes(found.passes)
+    code, output = invoke(*chosen, "--pass", "norm", "--optimizer", "sgd")
+    assert code == 0
+    assert "Tiny × sgd" in output
+    assert "norm of the gradients" in output
+
+
+def test_the_passes_are_measured_where_nothing_else_is_chosen(monkeypatch: pytest.MonkeyPatch):
+    asked: list[list[str]] = []
+
+    def run(tasks: object, *, passes: list[profile.PassTask], **_: object) -> profile.Report:
+        asked.append([task.work.name for task in passes])
+        return profile.Report(results.Machine("", 1, 1, "", "", "", ""))
+
+    monkeypatch.setattr(commands, "run", run)
+    for options in (
+        [],
+        ["--no-passes"],
+        ["--workload", "mlp"],
+        ["--workload", "mlp", "--pass", "all"],
+    ):
+        invoke(*options)
+    assert asked == [list(profile.WORKS), [], [], list(profile.WORKS)]
+
+
+def test_passes_are_neighbours_where_they_share_their_tensors():
+    tasks = profile.plan_passes(["split", "norm", "bf16-grads", "clip"], ["mlp", "many"])
+    names = ["norm", "clip", "bf16-grads", "split"]
+    assert [task.work.name for task in tasks] == 2 * names
+    assert {task.workload.name for task in profile.plan_passes()} == {passes.WORKLOAD_BY_DEFAULT}
+
+
+def test_an_unknown_pass_is_answered_with_the_known_ones():
+    code, output = invoke("--pass", "lion")
+    assert code == 2
+    assert f"no pass 'lion'; there are {', '.join(profile.WORKS)}" in output
+    code, output = invoke("--pass", "norm", "--no-passes")
+    assert code == 2
+    assert "exclude each other" in output
+
+
 # ---- on a GPU: no test here runs anything on one; a stand-in takes its place, or a virtual clock
 
 
@@ -443,6 +683,7 @@ def test_the_figures_of_a_gpu_follow_from_its_times_and_its_copies():
     assert found.training is None
     assert [what.partition(":")[0] for what in found.left_out] == [
         "the whole step",
+        "the passes",
         "threads and pages",
     ]
     [case] = found.measured
@@ -479,9 +720,10 @@ def test_what_does_not_fit_on_a_gpu_is_refused():
 
 @pytest.mark.usefixtures("stand_in")
 def test_what_is_for_the_cpu_is_refused_on_a_gpu():
-    for wrong in ("threads", "whole_step"):
+    norm = profile.plan_passes(["norm"], ["mlp"])
+    for wrong, value in {"threads": 1, "whole_step": True, "passes": norm}.items():
         with pytest.raises(ValueError, match=f"{wrong} is for device 'cpu': leave it out"):
-            report(**{"device": "cuda", wrong: 1})
+            report(**{"device": "cuda", wrong: value})
 
 
 @pytest.mark.parametrize(
@@ -575,10 +817,17 @@ def test_plain_lines_need_no_tools(tmp_path: Path):
         "runpy.run_module('flatstep.profile', run_name='__main__')"
     )
     chosen = ["--workload", "mlp", "--optimizer", "sgd", "--rounds", "1", "--no-slow-paths"]
+    chosen += ["--pass", "norm"]
     run = [sys.executable, "-c", code, *chosen, "--json", str(kept)]
     done = subprocess.run(run, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for said in ("Small MLP × sgd, float32", "torch fused", "of limit", flatstep.__version__):
+    for said in (
+        "Small MLP × sgd, float32",
+        "torch fused",
+        "of limit",
+        "norm of the gradients, f32",
+        flatstep.__version__,
+    ):
         assert said in done.stdout
     assert profile.Report.from_dict(json.loads(kept.read_text())).measured
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from flatstep.profile.device import DEVICES
+from flatstep.profile.passes import plan_passes
 from flatstep.profile.run import SECONDS_BY_DEFAULT, plan, run
-from flatstep.profile.text import left_out, machine_line, plain_case
+from flatstep.profile.text import left_out, machine_line, plain_case, plain_passes
 
 
 def main() -> int:
@@ -26,19 +27,28 @@ def main() -> int:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, default=SECONDS_BY_DEFAULT)
     parser.add_argument("--no-slow-paths", dest="slow_paths", action="store_false")
+    parser.add_argument("--pass", dest="passes", action="append", metavar="NAME", help="repeatable")
+    parser.add_argument("--no-passes", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"there is no directory {options.json.parent}")
+    updates = bool(options.optimizer or options.dtype)
+    by_default = not (options.workload or updates or options.no_passes or options.device != "cpu")
+    names = options.passes
     try:
+        tasks = plan(options.workload, options.optimizer, options.dtype, device=options.device)
+        passes = plan_passes(names, options.workload) if names or by_default else []
         report = run(
-            plan(options.workload, options.optimizer, options.dtype, device=options.device),
+            [] if names and not updates else tasks,
+            passes=passes,
             device=options.device,
             rounds=options.rounds,
             seconds=options.seconds,
             slow_paths=options.slow_paths,
             whole_step=False,
             on_case=lambda case: print(plain_case(case), flush=True),
+            on_passes=lambda measured: print(plain_passes(measured), flush=True),
         )
     except ValueError as error:
         parser.error(str(error))

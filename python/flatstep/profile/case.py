@@ -13,7 +13,7 @@ from flatstep.profile.device import Device
 from flatstep.profile.implementations import Implementation, Tensors
 from flatstep.profile.limit import Pages, Traffic
 from flatstep.profile.measure import Race, Timing
-from flatstep.profile.results import Case, Limit, Result
+from flatstep.profile.results import Case, Limit, Measured, Result
 
 FIRST_STEPS = 0.4  # of a case's time, roughly
 
@@ -64,7 +64,7 @@ def measure(
 
     pages = {implementation.name: implementation.pages(limit) for implementation in right}
     limits = {
-        kind: (_name(kind), limit.traffic(case.states, kind))
+        kind: (limit_name(kind), limit.traffic(case.states, kind))
         for kind in limit.kinds(pages.values())
     }
     race = Race(
@@ -85,15 +85,12 @@ def measure(
         for kind, (name, _) in limits.items():
             if timing := timings.get(name):
                 case.limits.append(
-                    Limit(_text(kind), limit.granted(kind), timing, case.rate(timing))
+                    Limit(text_of(kind), limit.granted(kind), timing, case.rate(timing))
                 )
         for result in case.results:
             if timing := timings.get(result.implementation):
-                _fill_in(result, case, timing, pages[result.implementation])
-        best = case.torch_best()
-        for result in case.results:
-            if result.timing is not None and best is not None and best.timing is not None:
-                result.to_torch = result.timing.median / best.timing.median
+                fill_in(result, case, timing, pages[result.implementation])
+        case.compare()
 
 
 def _first_steps(
@@ -115,19 +112,22 @@ def _first_steps(
     return result
 
 
-def _text(pages: Pages | None) -> str | None:
+def text_of(pages: Pages | None) -> str | None:
+    """Pages in words."""
     return None if pages is None else str(pages)
 
 
-def _name(pages: Pages | None) -> str:
+def limit_name(pages: Pages | None) -> str:
+    """What the limit on these pages is called in a race."""
     return "limit" if pages is None else f"limit, {pages}"
 
 
-def _fill_in(result: Result, case: Case, timing: Timing, pages: Pages | None) -> None:
+def fill_in(result: Result, measured: Measured, timing: Timing, pages: Pages | None) -> None:
+    """Fills in a result's time, and what follows from it and from the limits."""
     result.timing = timing
-    result.pages = _text(pages)
-    result.ns_per_parameter = timing.median / case.parameters * 1e9
-    result.gb_per_s = case.rate(timing)
-    same = [limit for limit in case.limits if limit.pages == result.pages]
+    result.pages = text_of(pages)
+    result.ns_per_parameter = timing.median / measured.parameters * 1e9
+    result.gb_per_s = measured.rate(timing)
+    same = [limit for limit in measured.limits if limit.pages == result.pages]
     if same:
         result.of_limit = same[0].timing.median / timing.median

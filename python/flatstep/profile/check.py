@@ -105,15 +105,22 @@ def _torch_steps(name: str, before: Values) -> Values:
     return Values(param.detach(), before.grad, {key: value for key, [value] in states.items()})
 
 
-def close(found: Tensor, wanted: Tensor, change: Tensor) -> bool:
+def close(found: Tensor, wanted: Tensor, change: Tensor, coarsest: float = 0.0) -> bool:
     """Whether two results of one update differ by their roundings only.
 
     Allowed are a few roundings of the value, and more of the change that led to it: torch rounds
     after each operation.
+
+    Args:
+        found: One result.
+        wanted: The other.
+        change: What the update has added.
+        coarsest: The relative error of what the change was computed from, where it is more than a
+            rounding of the result.
     """
     epsilon = torch.finfo(found.dtype).eps
     found, wanted, change = found.double(), wanted.double(), change.double()
-    allowed = epsilon * (4 * wanted.abs() + 16 * change.abs())
+    allowed = 4 * epsilon * wanted.abs() + 16 * max(epsilon, coarsest) * change.abs()
     return bool(((found - wanted).abs() <= allowed).all())
 
 

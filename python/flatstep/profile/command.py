@@ -13,11 +13,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from flatstep._torch import DTYPES
 from flatstep.profile.device import DEVICES
 from flatstep.profile.implementations import OPTIMIZERS
+from flatstep.profile.passes import ALL, WORKLOAD_BY_DEFAULT, plan_passes
 from flatstep.profile.plot import FORMATS, draw
-from flatstep.profile.report import case_table, print_end, training_table
+from flatstep.profile.report import case_table, pass_table, print_end, training_table
 from flatstep.profile.results import Report
 from flatstep.profile.run import OPTIMIZERS_BY_DEFAULT, SECONDS_BY_DEFAULT, device_for, plan, run
 from flatstep.profile.workloads import WORKLOADS
+from flatstep.profile.works import WORKS
 
 
 def profile(
@@ -75,6 +77,24 @@ def profile(
             "[default: where no workload, optimizer, dtype, model or GPU is chosen]",
         ),
     ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            metavar="NAME",
+            help="Measure an option of adamw's step beside the torch calls that it replaces: "
+            f"{', '.join(WORKS)}, or {ALL}; repeatable. On the chosen workloads, or "
+            f"{WORKLOAD_BY_DEFAULT}; and updates only where an optimizer, a dtype or a model is "
+            "chosen too. [default: all, where nothing is chosen and not on a GPU]",
+        ),
+    ] = None,
+    no_passes: Annotated[
+        bool,
+        typer.Option(
+            "--no-passes",
+            help="Leave the passes out.",
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")
     ] = None,
@@ -103,21 +123,29 @@ def profile(
     if not console.is_terminal:
         console = Console(width=110)
     if load is not None:
-        if workload or optimizer or dtype or model:
+        if workload or optimizer or dtype or model or passes:
             raise typer.BadParameter("--load measures nothing: choose nothing to be measured")
         report = _kept(load)
         for case in report.cases:
             console.print(case_table(case))
+        if report.passes:
+            console.print(pass_table(report.passes))
         if report.training is not None:
             console.print(training_table(report.training))
         _finish(console, report, json_file, plot)
+    if passes and no_passes:
+        raise typer.BadParameter("--pass and --no-passes exclude each other: drop one")
+    updates = bool(optimizer or dtype or model)
+    chosen = bool(workload or updates)
     try:
-        tasks = plan(workload, optimizer, dtype, model, device)
-        device_for(device, threads, whole_step)
+        tasks = [] if passes and not updates else plan(workload, optimizer, dtype, model, device)
+        by_default = device == "cpu" and not chosen and not no_passes
+        pass_tasks = plan_passes(passes, workload) if passes or by_default else []
+        device_for(device, threads, whole_step, pass_tasks)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if whole_step is None and device == "cpu":
-        whole_step = not (workload or optimizer or dtype or model)
+        whole_step = not (chosen or passes)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -131,6 +159,7 @@ def profile(
         bar = progress.add_task("", total=1.0)
         report = run(
             tasks,
+            passes=pass_tasks,
             device=device,
             threads=threads,
             rounds=rounds,
@@ -138,6 +167,7 @@ def profile(
             slow_paths=slow_paths,
             whole_step=whole_step,
             on_case=lambda case: console.print(case_table(case)),
+            on_passes=lambda measured: console.print(pass_table(measured)),
             on_training=lambda training: console.print(training_table(training)),
             on_progress=lambda done, label: progress.update(bar, completed=done, description=label),
         )

@@ -104,6 +104,7 @@ class Cuda(Device):
     name = "cuda"
     left_out = (
         "the whole step: its model is made for a CPU, and would time the launches of backward here",
+        "the passes: what they replace, and their limit, are the CPU's here",
         "threads and pages: a GPU divides the work itself, and does not show its pages",
     )
     seconds_per_gigabyte = 0.3

@@ -110,7 +110,7 @@ class Tensors:
 
     def __init__(self, workload: Workload, dtype: torch.dtype, where: torch.device):
         """Fills them with values for which every path of torch's is accurate."""
-        self.separate = [_parameter(shape, dtype, where) for shape in workload.shapes]
+        self.separate = [parameter(shape, dtype, where) for shape in workload.shapes]
         self.flat = [
             Parameter(torch.empty(shape, dtype=dtype, device=where)) for shape in workload.shapes
         ]
@@ -135,7 +135,8 @@ class Tensors:
         ]
 
 
-def _parameter(shape: Shape, dtype: torch.dtype, where: torch.device) -> Parameter:
+def parameter(shape: Shape, dtype: torch.dtype, where: torch.device) -> Parameter:
+    """A parameter with a gradient, of values for which every path of torch's is accurate."""
     param = Parameter(torch.empty(shape, dtype=dtype, device=where).uniform_(-0.1, 0.1))
     # Away from zero, whose square float16 cannot hold.
     grad = torch.empty(shape, dtype=dtype, device=where).uniform_(-1, 1)

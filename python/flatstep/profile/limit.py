@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from flatstep import _core
 from flatstep._torch import HUGE_PAGE, zeros_flat
 
+MOST_STREAMS = 5  # that the kernel for the limit moves at once; one of them is written
 COPIED_AT_ONCE = 1 << 30  # bytes, far more than a GPU's caches hold
 
 
@@ -73,6 +75,56 @@ def _mappings() -> list[tuple[int, int, float]]:
     return mappings
 
 
+class Moved(NamedTuple):
+    """The bytes of a walk over memory, by where they lie and what becomes of them.
+
+    Attributes:
+        params: Read and written in parameters and gradients: both are counted.
+        grads: Only read, in gradients.
+        states: Read and written in states.
+    """
+
+    params: float = 0.0
+    grads: float = 0.0
+    states: float = 0.0
+
+
+class Mix(NamedTuple):
+    """How many streams stand for each kind of :class:`Moved`, and the bytes of each array."""
+
+    params: int
+    grads: int
+    states: int
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all streams together, where they are cut out of one array."""
+        return 4 * self.floats(self.size // 4) * (self.params + self.grads + self.states)
+
+    @staticmethod
+    def floats(count: int) -> int:
+        """From the beginning of one stream to that of the next: at multiples of 64 bytes."""
+        return -(-count // 16) * 16
+
+    @staticmethod
+    def of(moved: Moved) -> Mix:
+        """The streams whose bytes divide most nearly as those that are moved."""
+
+        def distance(counts: tuple[int, ...]) -> tuple[float, int, int]:
+            bytes_of = [2 * counts[0], counts[1], 2 * counts[2]]
+            shares = [own / sum(bytes_of) for own in bytes_of]
+            wanted = [own / sum(moved) for own in moved]
+            apart = sum(abs(a - b) for a, b in zip(shares, wanted, strict=True))
+            return round(apart, 9), counts[2], -sum(counts)
+
+        choices = itertools.product(range(MOST_STREAMS + 1), repeat=3)
+        fitting = [c for c in choices if sum(c) <= MOST_STREAMS and c[0] + c[2] > 0]
+        params, grads, states = min(fitting, key=distance)
+        size = round(sum(moved) / (2 * params + grads + 2 * states))
+        return Mix(params, grads, states, size)
+
+
 class Traffic(Protocol):
     """Moves as many bytes as an update."""
 
@@ -125,6 +177,35 @@ class Streams:
             _core.traffic, addresses, 1 + states, self.size // 4, torch.get_num_threads()
         )
 
+    def walks(self, moved: Sequence[Moved], pages: Pages) -> Callable[[], None]:
+        """The traffic of walks over arrays of several dtypes, one walk after the other.
+
+        Up to five streams of floats stand for the arrays of a walk, as many as come nearest to its
+        shares of what is only read and of what lies on the states' pages; their length gives the
+        right sum of bytes. A kernel that only reads is not there: a fifth of the reading of such a
+        walk's streams is written back.
+
+        Returns:
+            A function that moves it once, on torch's number of threads.
+        """
+        calls = []
+        for walk in moved:
+            mix = Mix.of(walk)
+            count = mix.size // 4
+            own = self._cut(pages.params, 0, mix.params + mix.grads, count)
+            kept = self._cut(pages.states, len(own), mix.states, count)
+            addresses = [
+                array.data_ptr() for array in [*own[: mix.params], *kept, *own[mix.params :]]
+            ]
+            written, threads = mix.params + mix.states, torch.get_num_threads()
+            calls.append(functools.partial(_core.traffic, addresses, written, count, threads))
+
+        def move() -> None:
+            for call in calls:
+                call()
+
+        return move
+
     def granted(self, pages: Pages | None) -> bool:
         """Whether the arrays lie on the pages that were wanted for them."""
         wanted = set(pages or Pages())
@@ -135,6 +216,15 @@ class Streams:
         while len(arrays) < end:
             arrays.append(zeros_flat(self.size // 4, torch.float32, huge_pages=huge).zero_())
         return arrays[begin:end]
+
+    def _cut(self, huge: bool, begin: int, number: int, count: int) -> list[torch.Tensor]:
+        """Streams of ``count`` floats out of the first array, after ``begin`` others."""
+        if not self._arrays[huge]:
+            self._arrays[huge] = [zeros_flat(self.size // 4, torch.float32, huge_pages=huge)]
+        step = Mix.floats(count)
+        starts = range(begin * step, (begin + number) * step, step)
+        # What has never been written takes no memory, and none is moved where it is read.
+        return [self._arrays[huge][0].narrow(0, start, count).zero_() for start in starts]
 
 
 class Copies:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from flatstep.profile.results import Case, Report, Training
+from flatstep.profile.results import Case, Pass, Report, Training
 from flatstep.profile.text import (
+    PASS_COLUMNS,
     advice,
     case_rows,
     case_title,
@@ -16,12 +19,23 @@ from flatstep.profile.text import (
     machine_line,
     millions,
     ms,
+    pass_refusals,
+    pass_rows,
+    pass_title,
     percent,
+    ratio,
     short_problem,
     spread,
 )
 
-__all__ = ["case_table", "machine_line", "print_end", "summary_table", "training_table"]
+__all__ = [
+    "case_table",
+    "machine_line",
+    "pass_table",
+    "print_end",
+    "summary_table",
+    "training_table",
+]
 
 OURS, MACHINE, PROBLEM = "bold", "cyan", "red"
 FASTER, SLOWER = "green", "yellow"
@@ -46,6 +60,17 @@ def case_table(case: Case) -> RenderableType:
         row[columns.index("÷ torch")] = _ratio(result.to_torch, result.ours)
         table.add_row(*row, style=OURS if result.ours else "")
     return Group(title, table)
+
+
+def pass_table(passes: Sequence[Pass]) -> RenderableType:
+    """The options of a step, each beside the torch calls that it replaces."""
+    what, size = pass_title(passes)
+    title = Text.assemble((what, "bold"), f"   {size}")
+    table = _table(*PASS_COLUMNS)
+    for row in pass_rows(passes):
+        table.add_row(*row)
+    refusals = [Text(f"  {line}", style=PROBLEM) for line in pass_refusals(passes)]
+    return Group(title, table, *refusals)
 
 
 def training_table(measured: Training) -> RenderableType:
@@ -115,8 +140,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _ratio(ratio: float | None, ours: bool) -> str:
-    if ratio is None:
+def _ratio(value: float | None, ours: bool) -> str:
+    if value is None:
         return ""
-    style = (FASTER if ratio < 1 else SLOWER) if ours else "default"
-    return f"[{style}]{ratio:.2f}[/]"
+    style = (FASTER if value < 1 else SLOWER) if ours else "default"
+    return f"[{style}]{ratio(value)}[/]"

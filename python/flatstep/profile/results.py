@@ -61,38 +61,23 @@ class Result:
         return self.implementation.startswith("flatstep")
 
 
-@dataclass
-class Case:
-    """One workload under one optimizer.
+@dataclass(kw_only=True)
+class Measured:
+    """A race against the machine's limit.
 
     Attributes:
-        workload: Its name.
-        title: What the workload is, in words.
-        optimizer: The optimizer's name.
-        dtype: Of parameters, gradients and states.
-        tensors: How many there are.
-        parameters: How many elements they have together.
-        states: How many states the rule keeps for each parameter.
-        bytes_moved: Bytes that a step reads and writes by the rule's own count.
+        parameters: How many elements all tensors have together.
+        bytes_moved: Bytes that a call reads and writes, as flatstep does it.
         refused: Why nothing was measured.
         limits: The machine's limit on each kind of pages.
         results: Of each implementation.
     """
 
-    workload: str
-    title: str
-    optimizer: str
-    dtype: str
-    tensors: int
     parameters: int
-    states: int
     bytes_moved: int
     refused: str | None = None
     limits: list[Limit] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"{self.workload} × {self.optimizer}, {self.dtype}"
 
     def rate(self, timing: Timing) -> float:
         """The bytes moved, in 1e9 a second."""
@@ -110,6 +95,62 @@ class Case:
     def best_limit(self) -> Limit | None:
         """The limit on the fastest kind of pages."""
         return min(self.limits, key=lambda limit: limit.timing.median, default=None)
+
+    def compare(self) -> None:
+        """Fills in what follows from the times, once they are all there."""
+        best = self.torch_best()
+        for result in self.results:
+            if result.timing is not None and best is not None and best.timing is not None:
+                result.to_torch = result.timing.median / best.timing.median
+
+
+@dataclass(kw_only=True)
+class Case(Measured):
+    """One workload under one optimizer.
+
+    Attributes:
+        workload: Its name.
+        title: What the workload is, in words.
+        optimizer: The optimizer's name.
+        dtype: Of parameters, gradients and states.
+        tensors: How many there are.
+        states: How many states the rule keeps for each parameter.
+    """
+
+    workload: str
+    title: str
+    optimizer: str
+    dtype: str
+    tensors: int
+    states: int
+
+    def __str__(self) -> str:
+        return f"{self.workload} × {self.optimizer}, {self.dtype}"
+
+
+@dataclass(kw_only=True)
+class Pass(Measured):
+    """An option of a step, beside the sequence of torch calls that it replaces.
+
+    Attributes:
+        name: As it is chosen.
+        title: What is done, in words.
+        calls: torch's calls, in words.
+        workload: The workload's name.
+    """
+
+    name: str
+    title: str
+    calls: str
+    workload: str
+
+    def __str__(self) -> str:
+        return f"{self.workload}, pass {self.name}"
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """What flatstep reads and writes for each parameter."""
+        return self.bytes_moved / self.parameters
 
 
 @dataclass
@@ -186,6 +227,7 @@ class Report:
     Attributes:
         machine: What the figures belong to.
         cases: In the order in which they were measured.
+        passes: The options of a step, beside the torch calls that they replace.
         training: The whole step, where it was measured.
         left_out: What is measured on another device only, and why.
         warnings: What makes the figures doubtful.
@@ -195,6 +237,7 @@ class Report:
 
     machine: Machine
     cases: list[Case] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
     training: Training | None = None
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -207,11 +250,16 @@ class Report:
         return [c for c in self.cases if any(r.timing is not None for r in c.results)]
 
     @property
+    def measured_passes(self) -> list[Pass]:
+        """The passes that have at least one time."""
+        return [p for p in self.passes if any(r.timing is not None for r in p.results)]
+
+    @property
     def problems(self) -> dict[str, str]:
         """What went wrong, by where: each with why there is no time."""
         found = {
             f"{case}, {result.implementation}": result.problem
-            for case in self.cases
+            for case in (*self.cases, *self.passes)
             for result in case.results
             if result.problem is not None
         }
@@ -223,7 +271,7 @@ class Report:
     @property
     def failed(self) -> bool:
         """Whether something of flatstep's went wrong."""
-        ours = [r.problem for case in self.cases for r in case.results if r.ours]
+        ours = [r.problem for c in (*self.cases, *self.passes) for r in c.results if r.ours]
         ours += [r.problem for r in (self.training.results if self.training else []) if r.ours]
         return any(problem is not None for problem in ours)
 
@@ -234,7 +282,7 @@ class Report:
             return 1
         if self.interrupted:
             return INTERRUPTED
-        return 0 if self.measured or self.training else 2
+        return 0 if self.measured or self.measured_passes or self.training else 2
 
     def as_dict(self) -> dict[str, Any]:
         """The report in dictionaries, lists, strings and numbers."""

@@ -16,14 +16,15 @@ import torch
 
 import flatstep
 from flatstep._torch import DTYPES
-from flatstep.profile import memory, training
+from flatstep.profile import memory, passes, training
 from flatstep.profile.case import measure
 from flatstep.profile.check import Sample
 from flatstep.profile.device import Device, device_named
 from flatstep.profile.implementations import Tensors, optimizer_named, states_kept, torch_paths
 from flatstep.profile.limit import bytes_moved
 from flatstep.profile.measure import LEAST_TURNS, Timing
-from flatstep.profile.results import Case, Machine, Report, Training
+from flatstep.profile.passes import PassTask, plan_passes
+from flatstep.profile.results import Case, Machine, Pass, Report, Training
 from flatstep.profile.workloads import WORKLOADS, Workload, workload_named, workload_of_model
 
 OPTIMIZERS_BY_DEFAULT = ("adam", "sgd", "rmsprop")
@@ -103,15 +104,20 @@ def plan(
     return tasks
 
 
-def device_for(name: str, threads: int | None, whole_step: bool | None) -> Device:
+def device_for(
+    name: str,
+    threads: int | None,
+    whole_step: bool | None,
+    pass_tasks: Sequence[PassTask] | None = None,
+) -> Device:
     """The device for a :func:`run` with these arguments.
 
     Raises:
         ValueError: There is no such device, or what is asked for makes no sense there.
     """
     device = device_named(name)
-    if name != "cpu" and (threads is not None or whole_step):
-        wrong = "whole_step" if whole_step else "threads"
+    if name != "cpu" and (threads is not None or whole_step or pass_tasks):
+        wrong = "whole_step" if whole_step else "passes" if pass_tasks else "threads"
         raise ValueError(f"{wrong} is for device 'cpu': leave it out with device '{name}'")
     return device
 
@@ -119,6 +125,7 @@ def device_for(name: str, threads: int | None, whole_step: bool | None) -> Devic
 def run(
     tasks: Sequence[Task] | None = None,
     *,
+    passes: Sequence[PassTask] | None = None,
     device: str = "cpu",
     threads: int | None = None,
     rounds: int | None = None,
@@ -126,6 +133,7 @@ def run(
     slow_paths: bool = True,
     whole_step: bool | None = None,
     on_case: Callable[[Case], object] = lambda case: None,
+    on_passes: Callable[[list[Pass]], object] = lambda passes: None,
     on_training: Callable[[Training], object] = lambda training: None,
     on_progress: Callable[[float, str], object] = lambda done, label: None,
 ) -> Report:
@@ -133,6 +141,9 @@ def run(
 
     Args:
         tasks: What to measure, as from :func:`plan`; None for the default.
+        passes: The options of a step to measure beside the torch calls that they replace, as from
+            :func:`plan_passes`; only on the CPU. None for all where ``tasks`` is None too, else for
+            none.
         device: Where: "cpu", or "cuda" for torch's current GPU.
         threads: How many threads of the CPU to use; None for as many as torch does.
         rounds: How often each implementation takes its turn; None for as often as time allows.
@@ -141,6 +152,7 @@ def run(
         whole_step: Whether to measure backward, step and zero_grad of a real model too; only on
             the CPU, where None means yes.
         on_case: Called with each case when it is done.
+        on_passes: Called with all passes when they are done.
         on_training: Called with the whole step's results.
         on_progress: Called with the share of the work that is done, and what is next.
 
@@ -150,16 +162,19 @@ def run(
     Raises:
         ValueError: There is no such device, or what is asked for makes no sense there.
     """
-    place = device_for(device, threads, whole_step)
+    place = device_for(device, threads, whole_step, passes)
     if whole_step is None:
         whole_step = device == "cpu"
+    if passes is None:
+        passes = plan_passes() if tasks is None and device == "cpu" else []
     if tasks is None:
         tasks = plan(device=device)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
-    session = _Session(tasks, place, rounds, seconds, whole_step, on_progress)
+    session = _Session(tasks, passes, place, rounds, seconds, whole_step, on_progress)
     try:
         session.measure_cases(slow_paths, on_case)
+        session.measure_passes(on_passes)
         if whole_step:
             session.measure_training(on_training)
     except KeyboardInterrupt:
@@ -176,6 +191,7 @@ class _Session:
     def __init__(
         self,
         tasks: Sequence[Task],
+        pass_tasks: Sequence[PassTask],
         device: Device,
         rounds: int | None,
         seconds: float,
@@ -183,6 +199,7 @@ class _Session:
         on_progress: Callable[[float, str], object],
     ):
         self.tasks = tasks
+        self.pass_tasks = pass_tasks
         self.device = device
         self.rounds = rounds
         self.on_progress = on_progress
@@ -190,6 +207,7 @@ class _Session:
         self.start = perf_counter()
         self.deadline = self.start + seconds
         self.all = sum(task.weight(device) for task in tasks) + whole_step * TRAINING_WEIGHT
+        self.all += sum(task.weight for task in pass_tasks)
         self.left = self.all
         load, cores = os.getloadavg()[0], self.report.machine.cores
         if load > BUSY_LOAD * cores:
@@ -248,6 +266,33 @@ class _Session:
                 if case.refused or case.results:
                     on_case(case)
 
+    def measure_passes(self, on_passes: Callable[[list[Pass]], object]) -> None:
+        """Measures every pass; those that share their tensors are neighbours."""
+        try:
+            for _, group in groupby(
+                self.pass_tasks, lambda t: (t.workload, t.work.dtype, t.work.grad_dtype)
+            ):
+                self._measure_stage(list(group))
+                self.device.tidy()
+        finally:
+            begun = [p for p in self.report.passes if p.refused or p.results]
+            if begun:
+                on_passes(begun)
+
+    def _measure_stage(self, tasks: list[PassTask]) -> None:
+        refusals = [task.refusal() for task in tasks]
+        fitting = [task for task, refused in zip(tasks, refusals, strict=True) if not refused]
+        stage: passes.Stage | None = None
+        for task, refused in zip(tasks, refusals, strict=True):
+            result = task.result()
+            result.refused = refused
+            self.report.passes.append(result)
+            with self._turn(task.weight, str(result)) as (until, tell):
+                if refused is None:
+                    stage = stage or passes.Stage(fitting)
+                    passes.measure(result, task.work, stage, until, self.rounds, tell)
+                    self.device.tidy()
+
     def measure_training(self, on_training: Callable[[Training], object]) -> None:
         """Measures the whole step."""
         model = training.SmallGPT()
@@ -280,10 +325,10 @@ class _Session:
         )
 
     def _warn(self, is_bad: Callable[[Timing], bool], message: str) -> None:
-        """Warns of the large cases that have a bad timing."""
+        """Warns of what is large and has a bad timing."""
         where = [
             str(case)
-            for case in self.report.cases
+            for case in (*self.report.cases, *self.report.passes)
             if case.bytes_moved > LARGE
             and any(result.timing and is_bad(result.timing) for result in case.results)
         ]

@@ -7,7 +7,8 @@ from itertools import compress
 
 from flatstep.profile import training
 from flatstep.profile.measure import Timing
-from flatstep.profile.results import Case, Report, Result, Training
+from flatstep.profile.results import Case, Pass, Report, Result, Training
+from flatstep.profile.works import FLAT, TENSORS, TORCH
 
 COLUMNS = (
     "",
@@ -20,6 +21,20 @@ COLUMNS = (
     "÷ torch",
     "first ms",
     "peak GB",
+)
+PASS_TITLE = "One pass, beside the torch calls that it replaces"
+# Bytes are those of each parameter; what is said twice is said of tensors, and of a flat buffer.
+PASS_COLUMNS = (
+    "",
+    "bytes",
+    "flatstep",
+    "flat",
+    "torch",
+    "÷ torch",
+    "flat",
+    "GB/s",
+    "of limit",
+    "flat",
 )
 WORTH_SAYING = 0.02  # of a time: less may be chance
 
@@ -73,10 +88,68 @@ def _result_row(case: Case, result: Result) -> Row:
         result.pages or "",
         *_time(result.timing, case.parameters, result.gb_per_s),
         percent(result.of_limit),
-        "" if result.to_torch is None else f"{result.to_torch:.2f}",
+        ratio(result.to_torch),
         first,
         peak,
     ]
+
+
+def pass_title(passes: Sequence[Pass]) -> tuple[str, str]:
+    """What the passes are, and how large."""
+    sizes = {p.workload: f"{p.workload}, {millions(p.parameters)} parameters" for p in passes}
+    return PASS_TITLE, f"{'; '.join(sizes.values())}, adamw; ms"
+
+
+def pass_rows(passes: Sequence[Pass]) -> list[Row]:
+    """The cells of each pass; what else of flatstep's was raced has a row of its own after it."""
+    rows: list[Row] = []
+    several = len({measured.workload for measured in passes}) > 1
+    for measured in passes:
+        title = f"{measured.workload}: {measured.title}" if several else measured.title
+        each = f"{measured.bytes_per_parameter:.0f}"
+        if measured.refused is not None:
+            rows.append([title, each, "refused", *[""] * (len(PASS_COLUMNS) - 3)])
+            continue
+        ours = [measured.result(name) for name in (TENSORS, FLAT)]
+        row = [title, each, *(_ms_or_problem(r) for r in (*ours, measured.result(TORCH)))]
+        row += [ratio(r.to_torch if r else None) for r in ours]
+        rate = ours[0].gb_per_s if ours[0] else None
+        row.append("" if rate is None else significant(rate))
+        rows.append([*row, *(percent(r.of_limit if r else None) for r in ours)])
+        rows += [
+            [f"  ÷ {other.implementation}", "", *_beside(ours, other)]
+            for other in measured.results
+            if other.ours and other.implementation not in (TENSORS, FLAT)
+        ]
+    return rows
+
+
+def _beside(ours: Sequence[Result | None], other: Result) -> Row:
+    """What another way of flatstep's took, and the times of the two divided by it."""
+    ratios = []
+    for result in ours:
+        if result and result.timing and other.timing:
+            ratios.append(ratio(result.timing.median / other.timing.median))
+        else:
+            ratios.append("")
+    return [_ms_or_problem(other), "", "", *ratios, "", "", ""]
+
+
+def _ms_or_problem(result: Result | None) -> str:
+    if result is None or result.timing is None:
+        return short_problem(result.problem) if result else ""
+    return ms(result.timing.median)
+
+
+def plain_passes(passes: Sequence[Pass]) -> str:
+    """The passes' title and table, for a terminal of which nothing is known."""
+    lines = ["   ".join(pass_title(passes)), *_plain_table(PASS_COLUMNS, pass_rows(passes))]
+    return "\n".join([*lines, *pass_refusals(passes), ""])
+
+
+def pass_refusals(passes: Sequence[Pass]) -> list[str]:
+    """Why passes were not measured."""
+    return [f"{p}: refused: {p.refused}" for p in passes if p.refused is not None]
 
 
 def plain_case(case: Case) -> str:
@@ -84,15 +157,19 @@ def plain_case(case: Case) -> str:
     lines = ["   ".join(case_title(case))]
     if case.refused is not None:
         return "\n".join([*lines, f"  refused: {case.refused}", ""])
-    columns, rows = case_rows(case)
+    return "\n".join([*lines, *_plain_table(*case_rows(case)), ""])
+
+
+def _plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = []
     for row in [columns, *rows]:
         cells = [
             cell.ljust(width) if name in ("", "pages") else cell.rjust(width)
             for name, cell, width in zip(columns, row, widths, strict=True)
         ]
         lines.append(f" {'  '.join(cells)}".rstrip())
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def left_out(report: Report) -> list[str]:
@@ -177,6 +254,11 @@ def significant(value: float) -> str:
 def spread(timing: Timing) -> str:
     """Half of what is between the quartiles."""
     return f"±{timing.spread / 2:.1%}"
+
+
+def ratio(value: float | None) -> str:
+    """One time divided by another."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def percent(share: float | None) -> str:
