@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import flatstep
 from flatstep import _core, profile, reference
 from flatstep._torch import HUGE_PAGE, zeros_flat
-from flatstep.optim import base, extras
+from flatstep.optim import extras
 from flatstep.profile import command as commands
 from flatstep.profile import limit, measure, memory, passes, results, text, training, works
 from flatstep.profile.command import profile as command
@@ -433,8 +433,8 @@ def test_torch_s_calls_do_the_same_work_at_every_turn():
 
 def test_no_master_has_to_follow_what_torch_writes(monkeypatch: pytest.MonkeyPatch):
     followed: list[int] = []
-    right = base.reconcile
-    monkeypatch.setattr(base, "reconcile", lambda masters: followed.append(1) or right(masters))
+    right = table.reconcile
+    monkeypatch.setattr(table, "reconcile", lambda masters: followed.append(1) or right(masters))
     counts = []
     for rounds in (1, 9):
         assert not tiny_passes("f32-master", rounds=rounds).problems
