@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import flatstep
 from flatstep import _core, profile, reference
 from flatstep._torch import HUGE_PAGE, zeros_flat
-from flatstep.optim import extras
+from flatstep.optim import extras, table
 from flatstep.profile import command as commands
 from flatstep.profile import limit, measure, memory, passes, results, text, training, works
 from flatstep.profile.command import profile as command

@@ -17,7 +17,7 @@ struct AnyForm {
   explicit AnyForm(const Work& work) : types(work.types), extras(work.extras) {}
 };
 
-// or known beforehand, for those that are bound by arithmetic.
+// or known beforehand, for those that are used most or bound by arithmetic.
 template <Stored kParam, Stored kGrad, Stored kState, unsigned kExtras>
 struct Form {
   static constexpr Types types = {kParam, kGrad, kState};
@@ -26,7 +26,11 @@ struct Form {
   explicit Form(const Work&) {}
 };
 
-using KnownForms = List<Form<Stored::kBFloat16, Stored::kBFloat16, Stored::kFloat32, kMasterSplit>,
+using KnownForms = List<Form<Stored::kFloat32, Stored::kFloat32, Stored::kFloat32, kAverage>,
+                        Form<Stored::kFloat32, Stored::kBFloat16, Stored::kFloat32, 0>,
+                        Form<Stored::kBFloat16, Stored::kBFloat16, Stored::kFloat32, 0>,
+                        Form<Stored::kBFloat16, Stored::kBFloat16, Stored::kFloat32, kMasterCopy>,
+                        Form<Stored::kBFloat16, Stored::kBFloat16, Stored::kFloat32, kMasterSplit>,
                         Form<Stored::kBFloat16, Stored::kBFloat16, Stored::kBFloat16, kMasterSplit>,
                         Form<Stored::kBFloat16, Stored::kBFloat16, Stored::kBFloat16, kStochastic>>;
 
