@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import flatstep
-from flatstep import functional, reference
+from flatstep import _core, functional, reference
 
 NAN, INF = math.nan, math.inf
 Error = type[Exception]
@@ -55,7 +55,7 @@ class Call:
         )
 
     def expected(
-        self, arrays: dict[str, np.ndarray], dtype: str, scale: float = 1.0
+        self, arrays: dict[str, np.ndarray], dtype: str, scale: float = 1.0, **dtypes: str
     ) -> dict[str, np.ndarray]:
         after = copies(arrays)
         beta1, beta2 = self.options.get("betas", (0, 0))
@@ -76,6 +76,7 @@ class Call:
             step=self.options.get("step", 2),
             scale=scale,
             dtype=dtype,
+            **dtypes,
         )
         return after
 
@@ -142,6 +143,27 @@ def test_torch_tensors_get_the_references_bits(call: Call, dtype: str) -> None:
         for name, x in tensors.items()
     }
     assert_same(found, call.expected(before, dtype), before)
+
+
+MIXED = [types for types in _core.layouts() if len(set(types)) > 1]
+
+
+@pytest.mark.parametrize("types", MIXED, ids="-".join)
+@every_function
+def test_16_bits_beside_32_get_the_references_bits(call: Call, types: tuple[str, ...]) -> None:
+    param, grad, state = types
+    dtypes = {"param": param, "grad": grad, **dict.fromkeys(call.states, state)}
+    before = {name: stored(call, dtype)[name] for name, dtype in dtypes.items()}
+    tensors = {
+        name: torch.from_numpy(x.view(np.uint8).copy()).view(getattr(torch, dtypes[name]))
+        for name, x in before.items()
+    }
+    call(tensors)
+    found = {
+        name: x.view(torch.uint8).numpy().view(before[name].dtype) for name, x in tensors.items()
+    }
+    expected = call.expected(before, param, grad_dtype=grad, state_dtype=state)
+    assert_same(found, expected, before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

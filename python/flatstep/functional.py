@@ -1,10 +1,10 @@
 """One update in place on arrays that you own: flat torch tensors or NumPy arrays.
 
-Every function takes a parameter, its gradient and its states as arrays of one kind, shape and
-dtype: contiguous torch tensors, on the CPU or a GPU, or C-contiguous NumPy arrays that are
-writable (the gradient need not be). The dtypes are float32, float64, float16 and bfloat16 (in
-NumPy: the dtype of that name that ml_dtypes registers). Nothing has been written when an error is
-raised. Arrays must not overlap.
+Every function takes a parameter, its gradient and its states as arrays of one kind and shape:
+contiguous torch tensors, on the CPU or a GPU, or C-contiguous NumPy arrays that are writable (the
+gradient need not be). The dtypes are float32, float64, float16 and bfloat16 (in NumPy: the dtype of
+that name that ml_dtypes registers), one for all arrays, or 16-bit beside 32-bit ones, with one for
+all states. Nothing has been written when an error is raised. Arrays must not overlap.
 """
 
 from __future__ import annotations
@@ -294,14 +294,26 @@ def _update(
         name: _memory_of(name, array, written=name != "grad") for name, array in arrays.items()
     }
     first = memory["param"]
+    state_dtype = memory[wanted[0]].dtype if wanted else first.dtype
+    layout = LAYOUT.get((first.dtype, memory["grad"].dtype, state_dtype))
     for name, found in memory.items():
-        if (found.kind, found.dtype) != (first.kind, first.dtype):
+        if found.kind != first.kind:
             raise TypeError(
-                f"{name} is {found.kind} {found.dtype}, but param is {first.kind} {first.dtype}; "
-                "pass arrays of one kind and dtype"
+                f"{name} is {found.kind}, but param is {first.kind}; pass arrays of one kind"
+            )
+        if name in wanted and found.dtype != state_dtype:
+            raise TypeError(
+                f"{name} is {found.dtype}, but {wanted[0]} is {state_dtype}; pass states of one "
+                "dtype"
+            )
+        if layout is None and found.dtype != first.dtype:
+            raise TypeError(
+                f"{name} is {found.dtype}, but param is {first.dtype}; no kernel has the two "
+                "together: pass arrays of one dtype, or float32 beside bfloat16 or float16"
             )
         if found.shape != first.shape:
             raise ValueError(f"{name} has shape {found.shape}, but param has {first.shape}")
+    assert layout is not None
     spans = sorted((found.address, found.bytes, name) for name, found in memory.items())
     for (start, size, name), (next_start, _, next_name) in pairwise(spans):
         if size and start + size > next_start:
@@ -309,7 +321,7 @@ def _update(
     arguments: Arguments = (
         rule,
         number,
-        LAYOUT[first.dtype, first.dtype, first.dtype],
+        layout,
         first.address,
         memory["grad"].address,
         [memory[name].address for name in wanted],
