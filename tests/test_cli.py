@@ -178,7 +178,11 @@ def test_ctrl_c_leaves_what_was_found(
 
 
 def test_ctrl_c_is_heard_from_the_keyboard() -> None:
-    command = [sys.executable, "-u", "-c", "from flatstep.cli import main; main()", "verify"]
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # if ignored
+        "from flatstep.cli import main; main()"
+    )
+    command = [sys.executable, "-u", "-c", code, "verify"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "100"}
     )
