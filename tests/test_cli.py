@@ -183,12 +183,14 @@ def test_ctrl_c_is_heard_from_the_keyboard() -> None:
         "from flatstep.cli import main; main()"
     )
     command = [sys.executable, "-u", "-c", code, "verify"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "100"}
-    )
-    assert process.stdout is not None
-    assert "cases on" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    environment = {**os.environ, "COLUMNS": "100"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert "cases on" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Interrupted after" in out
