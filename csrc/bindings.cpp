@@ -66,7 +66,8 @@ T* pointer(std::uintptr_t address) {
 // The arrays of one update, checked.
 Arrays arrays_of(const RuleInfo& rule, unsigned variant, int layout, std::uintptr_t param,
                  std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
-                 const std::vector<double>& hyper, std::int64_t step) {
+                 const std::vector<double>& hyper, std::int64_t step, std::uintptr_t master,
+                 std::uintptr_t average) {
   const std::string why = refusal(rule, variant, layout);
   if (!why.empty()) throw std::invalid_argument(why);
   if (hyper.size() != rule.hyper.size()) throw std::invalid_argument("wrong number of hyper");
@@ -80,7 +81,9 @@ Arrays arrays_of(const RuleInfo& rule, unsigned variant, int layout, std::uintpt
     complete = complete && given < states.size() && states[given];
     if (complete) arrays.state[i] = pointer(states[given++]);
   }
-  if (count > 0 && (!complete || given != states.size())) {
+  const bool has_extras =
+      (master != 0) == ((variant & kMaster) != 0) && (average != 0) == ((variant & kAverage) != 0);
+  if (count > 0 && (!complete || given != states.size() || !has_extras)) {
     throw std::invalid_argument("wrong arrays");
   }
   return arrays;
@@ -92,18 +95,14 @@ void update(const std::string& rule_name, unsigned variant, int layout, std::uin
             std::uintptr_t master, std::uintptr_t average, double unscale, double average_decay,
             std::uint64_t seed, std::int64_t count_of_step, std::uint32_t first) {
   const RuleInfo& rule = find_rule(rule_name);
-  const Arrays arrays = arrays_of(rule, variant, layout, param, grad, states, count, hyper, step);
-  const unsigned extras = variant & ~kFlagMask;
-  const bool has_master = extras & (kMasterCopy | kMasterSplit), has_average = extras & kAverage;
-  if (count > 0 && (has_master != (master != 0) || has_average != (average != 0))) {
-    throw std::invalid_argument("wrong arrays");
-  }
+  const Arrays arrays =
+      arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master, average);
   if (count == 0) return;
   const Scalars scalars = rule.prepare(hyper.data(), step, scale);
   const Work work = {arrays,
                      scalars.data(),
                      layouts()[static_cast<std::size_t>(layout)],
-                     extras,
+                     variant & ~kFlagMask,
                      pointer(master),
                      pointer(average),
                      first,
@@ -125,14 +124,15 @@ double norm(std::uintptr_t grad, const std::string& dtype, std::int64_t count, b
   throw std::invalid_argument("there are no gradients of dtype '" + dtype + "'");
 }
 
-void update_on_gpu(const std::string& rule_name, unsigned flags, int layout, std::uintptr_t param,
+void update_on_gpu(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
                    std::uintptr_t grad, const std::vector<std::uintptr_t>& states,
                    std::int64_t count, const std::vector<double>& hyper, std::int64_t step,
                    double scale, int device, std::uintptr_t stream, std::uintptr_t master,
                    std::uintptr_t average, double unscale, double average_decay, std::uint64_t seed,
                    std::int64_t count_of_step, std::uint32_t first) {
   const RuleInfo& rule = find_rule(rule_name);
-  const Arrays arrays = arrays_of(rule, flags, layout, param, grad, states, count, hyper, step);
+  const Arrays arrays =
+      arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master, average);
   if (device < 0 || (device >= cuda::device_count() && cuda::device_count() > 0)) {
     throw std::invalid_argument("there is no GPU " + std::to_string(device));
   }
@@ -142,7 +142,7 @@ void update_on_gpu(const std::string& rule_name, unsigned flags, int layout, std
   launch.host_step = count_of_step;
   launch.rule_step = step;
   launch.types = layouts()[static_cast<std::size_t>(layout)];
-  launch.extras = flags & ~kFlagMask;
+  launch.extras = variant & ~kFlagMask;
   launch.unscale = unscale;
   launch.average_decay = average_decay;
   launch.seed = seed;
@@ -150,7 +150,7 @@ void update_on_gpu(const std::string& rule_name, unsigned flags, int layout, std
   for (std::size_t i = 0; i < hyper.size(); ++i) launch.hyper[i].value = hyper[i];
   cuda::Table table(device);
   cuda::run(device, pointer(stream), layout,
-            rule.first_variant + static_cast<int>(flags & kFlagMask), launch,
+            rule.first_variant + static_cast<int>(variant & kFlagMask), launch,
             {{arrays, 0, count, nullptr, pointer(master), pointer(average), first}}, table);
 }
 

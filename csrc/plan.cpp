@@ -60,8 +60,8 @@ bool adjoin(const Work& first, std::int64_t count, const Work& second) {
       first.types != second.types || !adjoin(first.arrays, count, second.arrays, first.types)) {
     return false;
   }
-  const int master = size_of(first.extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16);
-  const int average = std::max(size_of(first.types.param), size_of(Stored::kFloat32));
+  const int master = size_of(master_type(first.extras));
+  const int average = size_of(average_type(first.types.param));
   return (!first.master || adjoin(first.master, count * master, second.master)) &&
          (!first.average || adjoin(first.average, count * average, second.average)) &&
          (!(first.extras & kStochastic) ||
@@ -158,7 +158,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   dims_.insert(dims_.end(), view.strides, view.strides + view.dims);
   row.first_state = state_tensors_.size();
   const unsigned extras = variant & ~kFlagMask;
-  const bool has_master = extras & (kMasterCopy | kMasterSplit), has_average = extras & kAverage;
+  const bool has_master = extras & kMaster, has_average = extras & kAverage;
   if (states.size() != static_cast<std::size_t>(std::popcount(mask) + has_master + has_average)) {
     throw std::invalid_argument("there must be a tensor for each of the variant's states");
   }
@@ -188,11 +188,10 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
     row.arrays.state[i] = expect(state, row.types.state);
   }
   if (has_master) {
-    row.master = expect(take(), extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16);
+    row.master = expect(take(), master_type(extras));
   }
   if (has_average) {
-    const bool is_double = row.types.param == Stored::kFloat64;
-    row.average = expect(take(), is_double ? Stored::kFloat64 : Stored::kFloat32);
+    row.average = expect(take(), average_type(row.types.param));
   }
   row.layout = find_layout(row.types);
   const std::string why = refusal(rule_, variant, row.layout);

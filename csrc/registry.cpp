@@ -110,7 +110,7 @@ std::string refusal(const RuleInfo& rule, unsigned variant, int layout) {
   if (extras & (kMasterSplit | kStochastic) && param != Stored::kBFloat16) {
     return "only bfloat16 parameters have a split master or are rounded by chance";
   }
-  if (std::popcount(extras & (kMasterCopy | kMasterSplit | kStochastic)) > 1) {
+  if (std::popcount(extras & (kMaster | kStochastic)) > 1) {
     return "a master copy, a split master and chance exclude each other";
   }
   return "";

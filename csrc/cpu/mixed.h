@@ -216,9 +216,7 @@ struct MixedLoop {
     for (int i = 0; i < kStates; ++i) {
       if (uses(i)) call(at.state[i], size_of(form.types.state));
     }
-    if (form.extras & (kMasterCopy | kMasterSplit)) {
-      call(at.master, size_of(form.extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16));
-    }
+    if (form.extras & kMaster) call(at.master, size_of(master_type(form.extras)));
     if (form.extras & kAverage) call(at.average, static_cast<int>(sizeof(T)));
   }
 

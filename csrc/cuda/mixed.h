@@ -188,9 +188,9 @@ struct MixedLoop {
                              std::int64_t end, const Prepared& prepared) {
     const Types types = launch.types;
     const unsigned extras = launch.extras;
-    const bool has_master = extras & (kMasterCopy | kMasterSplit), has_average = extras & kAverage;
-    const Stored master_type = extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16;
-    const Stored average_type = kIsFloat ? Stored::kFloat32 : Stored::kFloat64;
+    const bool has_master = extras & kMaster, has_average = extras & kAverage;
+    const Stored master_stored = master_type(extras);
+    constexpr Stored average_stored = kIsFloat ? Stored::kFloat32 : Stored::kFloat64;
     void* const grad_memory = const_cast<void*>(row.arrays.grad);
     for (std::int64_t first = begin + static_cast<std::int64_t>(threadIdx.x) * kCount; first < end;
          first += static_cast<std::int64_t>(kThreads) * kCount) {
@@ -202,8 +202,8 @@ struct MixedLoop {
       for (int i = 0; i < kStates; ++i) {
         if (uses(i)) raw_states[i] = load(row.arrays.state[i], types.state, first, valid);
       }
-      if (has_master) master = load(row.master, master_type, first, valid);
-      if (has_average) raw_average = load(row.average, average_type, first, valid);
+      if (has_master) master = load(row.master, master_stored, first, valid);
+      if (has_average) raw_average = load(row.average, average_stored, first, valid);
 
       Values weight = weight_of(launch, param, master), states[kStates];
       const Values grad = widened(types.grad, raw_grad);
@@ -224,7 +224,7 @@ struct MixedLoop {
       const auto number = row.first + static_cast<std::uint32_t>(first);
       split_weight(launch, prepared, number, weight, param, master);
       store(row.arrays.param, types.param, first, valid, param);
-      if (has_master) store(row.master, master_type, first, valid, master);
+      if (has_master) store(row.master, master_stored, first, valid, master);
       for (int i = 0; i < kStates; ++i) {
         if (uses(i)) {
           store(row.arrays.state[i], types.state, first, valid, narrowed(types.state, states[i]));
@@ -233,12 +233,12 @@ struct MixedLoop {
       if (has_average) {
         const V towards = static_cast<V>(prepared.numbers.average.weight);
         const V side = static_cast<V>(prepared.numbers.average.side);
-        Values average = widened(average_type, raw_average);
+        Values average = widened(average_stored, raw_average);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
           average.at[j] = snap(lerp(average.at[j], weight.at[j], towards, side));
         }
-        store(row.average, average_type, first, valid, narrowed(average_type, average));
+        store(row.average, average_stored, first, valid, narrowed(average_stored, average));
       }
       if (launch.clears) {
         store(grad_memory, types.grad, first, valid, {});

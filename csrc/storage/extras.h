@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "rules/arithmetic.h"
+#include "storage/storage.h"
 
 namespace flatstep {
 
@@ -16,8 +17,16 @@ enum Extra : unsigned {
   kWritesGrad = 1U << 12,  // the gradient is stored back without its loss scale
 };
 inline constexpr unsigned kFlagMask = (1U << 8) - 1;
-inline constexpr unsigned kExtraMask =
-    kMasterCopy | kMasterSplit | kStochastic | kAverage | kWritesGrad;
+inline constexpr unsigned kMaster = kMasterCopy | kMasterSplit;
+inline constexpr unsigned kExtraMask = kMaster | kStochastic | kAverage | kWritesGrad;
+
+// How the master lies in memory, where there is one, and the average.
+FLATSTEP_INLINE constexpr Stored master_type(unsigned extras) {
+  return extras & kMasterCopy ? Stored::kFloat32 : Stored::kInt16;
+}
+FLATSTEP_INLINE constexpr Stored average_type(Stored param) {
+  return param == Stored::kFloat64 ? Stored::kFloat64 : Stored::kFloat32;
+}
 
 struct ExtraNumbers {
   double unscale;               // the factor of the gradient that is stored back

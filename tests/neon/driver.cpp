@@ -187,7 +187,7 @@ std::string fault(const Record& record, std::int64_t count) {
     }
   }
   const unsigned extras = record.variant & ~kFlagMask;
-  void* const master = extras & (kMasterCopy | kMasterSplit) ? arrays.at(next++).start() : nullptr;
+  void* const master = extras & kMaster ? arrays.at(next++).start() : nullptr;
   void* const average = extras & kAverage ? arrays.at(next++).start() : nullptr;
   const Scalars scalars = rule.prepare(record.hyper.data(), record.step, record.scale);
   const Work work = {
