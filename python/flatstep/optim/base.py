@@ -196,13 +196,11 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
         release.refuse(self)
         return Release(self)
 
-    def for_one(self, group: int, place: int) -> Self:
-        """An optimizer like this one, of one of its parameters."""
+    def for_one(self, group: int, place: int, before: int) -> Self:
+        """An optimizer like this one, of one of its parameters, with so many elements before it."""
         alone = copy.copy(self)
-        params = [param for group in self.param_groups for param in group["params"]]
         param = self.param_groups[group]["params"][place]
-        before = next(i for i, other in enumerate(params) if other is param)
-        alone._elements_before = sum(local_of(other).numel() for other in params[:before])
+        alone._elements_before = before
         alone.state = defaultdict(dict)
         alone.param_groups = [{**self.param_groups[group], "params": [param]}]
         return alone

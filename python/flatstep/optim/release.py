@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from flatstep import flat
 from flatstep.optim import clipping, extras
+from flatstep.optim.routes import local_of
 
 if TYPE_CHECKING:
     from flatstep.optim.base import Optimizer
@@ -20,11 +22,13 @@ class Release:
         self._optimizer = optimizer
         self._alone: dict[torch.Tensor, Optimizer] = {}
         self._hooks = []
+        before = 0  # elements
         for index, group in enumerate(optimizer.param_groups):
             for place, param in enumerate(group["params"]):
                 if param.requires_grad:
-                    hook = param.register_post_accumulate_grad_hook(self._hook(index, place))
-                    self._hooks.append(hook)
+                    step = partial(self._step, index, place, before)
+                    self._hooks.append(param.register_post_accumulate_grad_hook(step))
+                before += local_of(param).numel()
 
     def remove(self) -> None:
         """Updates no longer happen in backward."""
@@ -40,19 +44,13 @@ class Release:
         """As :meth:`remove`."""
         self.remove()
 
-    def _hook(self, index: int, place: int) -> Any:
-        def step(param: torch.Tensor) -> None:
-            self._step(index, place, param)
-
-        return step
-
-    def _step(self, index: int, place: int, param: torch.Tensor) -> None:
+    def _step(self, index: int, place: int, before: int, param: torch.Tensor) -> None:
         whole = self._optimizer
-        refuse(whole)
+        refuse_options(whole)
         group = whole.param_groups[index]
         alone = self._alone.get(param)
         if alone is None:
-            alone = self._alone[param] = whole.for_one(index, place)
+            alone = self._alone[param] = whole.for_one(index, place, before)
         alone.param_groups[0] = {**group, "params": [param]}
         if "param_names" in group:
             alone.param_groups[0]["param_names"] = [group["param_names"][place]]
@@ -68,7 +66,18 @@ class Release:
 
 
 def refuse(optimizer: Optimizer) -> None:
-    """Raises ValueError where a step needs more than one gradient at a time."""
+    """Raises ValueError where a step needs more than one gradient at a time, or none is freed."""
+    refuse_options(optimizer)
+    for group in optimizer.param_groups:
+        if any(map(flat.holds_gradient, group["params"])):
+            raise ValueError(
+                "a FlatBuffer's gradients and step_in_backward() exclude each other: they are "
+                "never freed; make it with FlatBuffer(..., gradients=False)"
+            )
+
+
+def refuse_options(optimizer: Optimizer) -> None:
+    """The part of :func:`refuse` that can change between steps, and is cheap to ask."""
     asked = clipping.asked(optimizer.param_groups)
     if asked is not None:
         names = ("max_grad_norm", "error_if_nonfinite", "skip_nonfinite")
@@ -90,14 +99,5 @@ def refuse(optimizer: Optimizer) -> None:
             "exclude each other: an overflow is known after backward, when the parameters are "
             "updated already; drop fused=True and GradScaler, or call step() after backward"
         )
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if flat.holds_gradient(param):
-                raise ValueError(
-                    "a FlatBuffer's gradients and step_in_backward() exclude each other: they are "
-                    "never freed; make it with FlatBuffer(..., gradients=False)"
-                )
-            if group["differentiable"]:
-                raise ValueError(
-                    "differentiable=True and step_in_backward() exclude each other; drop one"
-                )
+    if any(group["differentiable"] for group in optimizer.param_groups):
+        raise ValueError("differentiable=True and step_in_backward() exclude each other; drop one")
