@@ -24,10 +24,10 @@ from figure import Figure
 from torch.nn import Parameter
 
 import flatstep
-from flatstep.profile.device import device_named
-from flatstep.profile.limit import Copies, bytes_moved
-from flatstep.profile.measure import Race, Stopwatch, on_the_gpu, on_the_host
-from flatstep.profile.workloads import WORKLOADS, Shape
+from flatstep.profiling.device import device_named
+from flatstep.profiling.limit import Copies, bytes_moved
+from flatstep.profiling.measure import Race, Stopwatch, on_the_gpu, on_the_host
+from flatstep.profiling.workloads import WORKLOADS, Shape
 
 Build = Callable[[list[Parameter]], torch.optim.Optimizer]
 

@@ -27,10 +27,10 @@ from rich.table import Table
 from torch.nn import Parameter
 
 import flatstep
-from flatstep import profile
+from flatstep import profiling
 from flatstep._torch import zeros_flat
-from flatstep.profile.measure import Race
-from flatstep.profile.report import case_table, machine_line, pass_table, training_table
+from flatstep.profiling.measure import Race
+from flatstep.profiling.report import case_table, machine_line, pass_table, training_table
 
 LARGE = ("flat", "gpt2")
 # (optimizer, dtype, workloads): at most this share of torch's best time, on tensors and flat
@@ -72,16 +72,16 @@ OURS: Build = flatstep.Adam
 THEIRS: Build = lambda params: torch.optim.Adam(params, fused=True)  # noqa: E731
 
 
-def tasks() -> list[profile.Task]:
+def tasks() -> list[profiling.Task]:
     return [
-        profile.Task(profile.WORKLOADS[name], optimizer, dtype)
-        for name in profile.WORKLOADS
+        profiling.Task(profiling.WORKLOADS[name], optimizer, dtype)
+        for name in profiling.WORKLOADS
         for (optimizer, dtype, names) in RATIOS
         if name in names
     ]
 
 
-def profiled(report: profile.Report) -> Iterator[Figure]:
+def profiled(report: profiling.Report) -> Iterator[Figure]:
     """Ratios to torch, shares of the limit, and the whole step."""
     for case in report.measured:
         [target] = [
@@ -102,7 +102,7 @@ def profiled(report: profile.Report) -> Iterator[Figure]:
             yield Figure(f"whole step: {way.way} ÷ torch fused", way.to_torch, MOST_WHOLE_STEP)
 
 
-def passed(report: profile.Report) -> Iterator[Figure]:
+def passed(report: profiling.Report) -> Iterator[Figure]:
     """Ratios to the torch calls that passes replace, and shares of the limit for their bytes."""
     for measured in report.measured_passes:
         nearest = measured.result("flatstep to nearest")
@@ -124,7 +124,7 @@ def passed(report: profile.Report) -> Iterator[Figure]:
 
 
 def parameters(name: str) -> list[Parameter]:
-    params = [Parameter(torch.randn(shape)) for shape in profile.WORKLOADS[name].shapes]
+    params = [Parameter(torch.randn(shape)) for shape in profiling.WORKLOADS[name].shapes]
     for param in params:
         param.grad = torch.randn_like(param)
     return params
@@ -188,9 +188,9 @@ def displaced() -> Iterator[Figure]:
 
 PEAK = r"""
 import re, sys, torch, flatstep
-from flatstep import profile
+from flatstep import profiling
 kind = sys.argv[1]
-shapes = profile.WORKLOADS["gpt2"].shapes
+shapes = profiling.WORKLOADS["gpt2"].shapes
 params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
 if kind == "flat":
     flatstep.FlatBuffer(params)
@@ -233,9 +233,9 @@ def main(
         for measure in (first_step, subnormal, displaced, peak_memory):
             progress.update(bar, description=measure.__name__.replace("_", " "))
             figures += measure()
-        report = profile.run(
+        report = profiling.run(
             tasks(),
-            passes=profile.plan_passes(workloads=["gpt2"]),
+            passes=profiling.plan_passes(workloads=["gpt2"]),
             seconds=seconds,
             slow_paths=False,
             on_case=lambda case: console.print(case_table(case)),

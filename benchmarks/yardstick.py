@@ -32,7 +32,7 @@ from rich.table import Table
 from flatstep._torch import zeros_flat
 
 if TYPE_CHECKING:
-    from flatstep.profile.measure import Timing
+    from flatstep.profiling.measure import Timing
 
 ROOT = Path(__file__).parent.parent
 AUTO = "-auto"
@@ -161,7 +161,7 @@ class Arrays:
 
 
 def compare(core: ModuleType, chosen: list[Variant], isas: list[str]) -> Iterator[Comparison]:
-    from flatstep.profile.measure import Race
+    from flatstep.profiling.measure import Race
 
     for place in ("cache", "memory"):
         arrays: dict[tuple[str, int], Arrays] = {}

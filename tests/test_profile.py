@@ -17,15 +17,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import flatstep
-from flatstep import _core, profile, reference
+from flatstep import _core, profiling, reference
 from flatstep._torch import HUGE_PAGE, zeros_flat
 from flatstep.optim import extras, table
-from flatstep.profile import command as commands
-from flatstep.profile import limit, measure, memory, passes, results, text, training, works
-from flatstep.profile.command import profile as command
-from flatstep.profile.device import DEVICES, Cpu, Cuda
-from flatstep.profile.implementations import OPTIMIZERS, TORCH_PATHS, Implementation
-from flatstep.profile.limit import (
+from flatstep.profiling import command as commands
+from flatstep.profiling import limit, measure, memory, passes, results, text, training, works
+from flatstep.profiling.command import profile as command
+from flatstep.profiling.device import DEVICES, Cpu, Cuda
+from flatstep.profiling.implementations import OPTIMIZERS, TORCH_PATHS, Implementation
+from flatstep.profiling.limit import (
     COPIED_AT_ONCE,
     Copies,
     Mix,
@@ -35,10 +35,10 @@ from flatstep.profile.limit import (
     bytes_moved,
     huge_page_share,
 )
-from flatstep.profile.measure import Race, Timing, on_the_gpu
-from flatstep.profile.workloads import WORKLOADS
+from flatstep.profiling.measure import Race, Timing, on_the_gpu
+from flatstep.profiling.workloads import WORKLOADS
 
-TINY = profile.Workload("tiny", "Tiny", ((40, 30), (257,), (), (1,)))
+TINY = profiling.Workload("tiny", "Tiny", ((40, 30), (257,), (), (1,)))
 ROOT = Path(__file__).parents[1]
 APP = typer.Typer()
 APP.command()(command)
@@ -50,9 +50,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def report(optimizer: str = "adam", dtype: str = "float32", **more: object) -> profile.Report:
+def report(optimizer: str = "adam", dtype: str = "float32", **more: object) -> profiling.Report:
     options = {"rounds": 2, "whole_step": False, **more}
-    return profile.run([profile.Task(TINY, optimizer, dtype)], **options)
+    return profiling.run([profiling.Task(TINY, optimizer, dtype)], **options)
 
 
 def invoke(*args: str) -> tuple[int, str]:
@@ -111,11 +111,11 @@ def test_the_workloads_have_the_shapes_of_the_real_models():
 def test_the_default_is_what_fits_the_device_and_bfloat16_on_the_large_ones(
     device: str, left_out: set[str]
 ):
-    tasks = profile.plan(device=device)
+    tasks = profiling.plan(device=device)
     assert {t.workload.name for t in tasks} == set(WORKLOADS) - left_out
     large = {"gpt2", "flat", "llama-3.2-1b"} - left_out
     assert {t.workload.name for t in tasks if t.dtype == "bfloat16"} == large
-    assert [t.dtype for t in profile.plan(["gpt2"], ["adam"], device=device)] == ["float32"]
+    assert [t.dtype for t in profiling.plan(["gpt2"], ["adam"], device=device)] == ["float32"]
 
 
 def test_the_slow_paths_can_be_left_out():
@@ -264,7 +264,7 @@ def test_torch_s_paths_share_their_states_but_not_their_counts_of_steps():
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "bytes_available", lambda: 500_000_000)
-    found = profile.run(profile.plan(["flat"], ["sgd"]), whole_step=False)
+    found = profiling.run(profiling.plan(["flat"], ["sgd"]), whole_step=False)
     [case] = found.cases
     assert case.refused == (
         "needs 4.03 GB of memory, and 0.5 GB are available; what fits: "
@@ -298,14 +298,14 @@ def least_share(code: str) -> float:
 def test_no_more_memory_is_taken_than_was_asked_for():
     code = """
 import re, torch
-from flatstep import profile
-from flatstep.profile import memory
-from flatstep.profile.device import Cpu
-workload = profile.Workload("", "", ((1 << 22,),) * 2)
+from flatstep import profiling
+from flatstep.profiling import memory
+from flatstep.profiling.device import Cpu
+workload = profiling.Workload("", "", ((1 << 22,),) * 2)
 torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True).step()
 most = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = most()
-report = profile.run([profile.Task(workload, "adam", "float32")], rounds=1, whole_step=False)
+report = profiling.run([profiling.Task(workload, "adam", "float32")], rounds=1, whole_step=False)
 assert not report.problems, report.problems
 print((most() - before) * 1024 / memory.bytes_needed(workload, "adam", torch.float32, Cpu()))
 """
@@ -331,9 +331,9 @@ def test_the_whole_step_is_the_sum_of_its_phases():
 # ---- the passes
 
 
-def tiny_passes(*names: str, **more: object) -> profile.Report:
-    tasks = [profile.PassTask(TINY, profile.WORKS[name]) for name in names or profile.WORKS]
-    return profile.run([], passes=tasks, **{"rounds": 1, "whole_step": False, **more})
+def tiny_passes(*names: str, **more: object) -> profiling.Report:
+    tasks = [profiling.PassTask(TINY, profiling.WORKS[name]) for name in names or profiling.WORKS]
+    return profiling.run([], passes=tasks, **{"rounds": 1, "whole_step": False, **more})
 
 
 #: What a step reads and writes of each parameter, counted by hand.
@@ -373,12 +373,12 @@ def test_every_pass_is_right_and_its_figures_follow_from_its_times():
                 [limit] = [x for x in measured.limits if x.pages == result.pages]
                 assert result.of_limit == pytest.approx(limit.timing.median / seconds[name])
     assert found.exit_code == 0
-    assert len(found.passes) == len(profile.WORKS)
+    assert len(found.passes) == len(profiling.WORKS)
 
 
 def test_every_option_of_a_step_has_a_pass():
-    asked = set().union(*(work.options for work in profile.WORKS.values()))
-    asked |= {"max_grad_norm"} if any(work.clips for work in profile.WORKS.values()) else set()
+    asked = set().union(*(work.options for work in profiling.WORKS.values()))
+    asked |= {"max_grad_norm"} if any(work.clips for work in profiling.WORKS.values()) else set()
     # What chance starts from and what is raised cost nothing.
     assert asked == set(extras.DEFAULTS) - {"seed", "error_if_nonfinite"}
 
@@ -424,7 +424,7 @@ def test_torch_s_calls_do_the_same_work_at_every_turn():
     arrays = works.Arrays(TINY.shapes, torch.float32, torch.float32)
     for name in ("clip", "scaler-clip", "scaler"):
         arrays.reset(arrays.separate)
-        torchs, _, _ = works.contenders(profile.WORKS[name], arrays)
+        torchs, _, _ = works.contenders(profiling.WORKS[name], arrays)
         if torchs.scaler is not None:
             torchs.scaler.scale(torch.zeros(()))
             torchs.scaler.update(1.0)
@@ -433,8 +433,8 @@ def test_torch_s_calls_do_the_same_work_at_every_turn():
             torchs.call()
             norms.append(float(works.total_norm([p.grad for p in arrays.separate], 2)))
         assert norms[-1] == pytest.approx(norms[0], rel=1e-5)
-        clips = profile.WORKS[name].clips
-        wanted = works.max_norm(profile.WORKS[name], arrays) if clips else arrays.norms[2]
+        clips = profiling.WORKS[name].clips
+        wanted = works.max_norm(profiling.WORKS[name], arrays) if clips else arrays.norms[2]
         assert norms[0] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -471,7 +471,7 @@ def test_streams_stand_for_the_arrays_of_a_pass():
 
 def test_a_pass_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "bytes_available", lambda: 500_000_000)
-    found = profile.run([], passes=profile.plan_passes(["clip"], ["gpt2"]), whole_step=False)
+    found = profiling.run([], passes=profiling.plan_passes(["clip"], ["gpt2"]), whole_step=False)
     [measured] = found.passes
     assert measured.refused is not None
     assert measured.refused.endswith(
@@ -488,15 +488,15 @@ def test_a_pass_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch):
 def test_a_pass_takes_no_more_memory_than_was_asked_for(name: str):
     code = f"""
 import re, torch
-from flatstep import profile
-from flatstep.profile.passes import _size
-workload = profile.Workload("", "", ((1 << 22,),) * 2)
+from flatstep import profiling
+from flatstep.profiling.passes import _size
+workload = profiling.Workload("", "", ((1 << 22,),) * 2)
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True).step()
 most = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-task = profile.PassTask(workload, profile.WORKS["{name}"])
+task = profiling.PassTask(workload, profiling.WORKS["{name}"])
 needed = _size(task.work).needed * workload.parameters
 before = most()
-report = profile.run([], passes=[task], rounds=1, whole_step=False)
+report = profiling.run([], passes=[task], rounds=1, whole_step=False)
 assert not report.problems, report.problems
 print((most() - before) * 1024 / needed)
 """
@@ -517,7 +517,7 @@ def test_the_command_measures_the_passes_that_are_asked_for(tmp_path: Path):
         " bytes ",
     ):
         assert said in output
-    found = profile.Report.from_dict(json.loads(kept.read_text()))
+    found = profiling.Report.from_dict(json.loads(kept.read_text()))
     assert [p.name for p in found.passes] == ["norm", "stochastic"]
     assert not found.cases
     assert found.training is None
@@ -533,9 +533,9 @@ def test_the_command_measures_the_passes_that_are_asked_for(tmp_path: Path):
 def test_the_passes_are_measured_where_nothing_else_is_chosen(monkeypatch: pytest.MonkeyPatch):
     asked: list[list[str]] = []
 
-    def run(tasks: object, *, passes: list[profile.PassTask], **_: object) -> profile.Report:
+    def run(tasks: object, *, passes: list[profiling.PassTask], **_: object) -> profiling.Report:
         asked.append([task.work.name for task in passes])
-        return profile.Report(results.Machine("", 1, 1, "", "", "", ""))
+        return profiling.Report(results.Machine("", 1, 1, "", "", "", ""))
 
     monkeypatch.setattr(commands, "run", run)
     for options in (
@@ -545,20 +545,20 @@ def test_the_passes_are_measured_where_nothing_else_is_chosen(monkeypatch: pytes
         ["--workload", "mlp", "--pass", "all"],
     ):
         invoke(*options)
-    assert asked == [list(profile.WORKS), [], [], list(profile.WORKS)]
+    assert asked == [list(profiling.WORKS), [], [], list(profiling.WORKS)]
 
 
 def test_passes_are_neighbours_where_they_share_their_tensors():
-    tasks = profile.plan_passes(["split", "norm", "bf16-grads", "clip"], ["mlp", "many"])
+    tasks = profiling.plan_passes(["split", "norm", "bf16-grads", "clip"], ["mlp", "many"])
     names = ["norm", "clip", "bf16-grads", "split"]
     assert [task.work.name for task in tasks] == 2 * names
-    assert {task.workload.name for task in profile.plan_passes()} == {passes.WORKLOAD_BY_DEFAULT}
+    assert {task.workload.name for task in profiling.plan_passes()} == {passes.WORKLOAD_BY_DEFAULT}
 
 
 def test_an_unknown_pass_is_answered_with_the_known_ones():
     code, output = invoke("--pass", "lion")
     assert code == 2
-    assert f"no pass 'lion'; there are {', '.join(profile.WORKS)}" in output
+    assert f"no pass 'lion'; there are {', '.join(profiling.WORKS)}" in output
     code, output = invoke("--pass", "norm", "--no-passes")
     assert code == 2
     assert "exclude each other" in output
@@ -717,7 +717,7 @@ def test_a_wrong_result_on_a_gpu_gets_no_time(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("stand_in")
 def test_what_does_not_fit_on_a_gpu_is_refused():
-    [case] = profile.run(profile.plan(["llama-3.2-1b"], ["adam"]), device="cuda").cases
+    [case] = profiling.run(profiling.plan(["llama-3.2-1b"], ["adam"]), device="cuda").cases
     assert case.refused is not None
     needed = 4 * 12 * case.parameters + 2 * COPIED_AT_ONCE
     assert f"needs {needed / 1e9:.3g} GB of memory, and 10 GB are available" in case.refused
@@ -727,7 +727,7 @@ def test_what_does_not_fit_on_a_gpu_is_refused():
 
 @pytest.mark.usefixtures("stand_in")
 def test_what_is_for_the_cpu_is_refused_on_a_gpu():
-    norm = profile.plan_passes(["norm"], ["mlp"])
+    norm = profiling.plan_passes(["norm"], ["mlp"])
     for wrong, value in {"threads": 1, "whole_step": True, "passes": norm}.items():
         with pytest.raises(ValueError, match=f"{wrong} is for device 'cpu': leave it out"):
             report(**{"device": "cuda", wrong: value})
@@ -795,7 +795,7 @@ def test_kept_figures_are_shown_and_drawn_elsewhere(tmp_path: Path):
     code, again = invoke("--load", str(kept), "--plot", str(drawn))
     assert (code, again) == (0, first)
     assert drawn.read_bytes().startswith(b"\x89PNG")
-    report = profile.Report.from_dict(json.loads(kept.read_text()))
+    report = profiling.Report.from_dict(json.loads(kept.read_text()))
     assert report.as_dict() == json.loads(kept.read_text())
     kept.write_text('{"figures": []}')
     for wrong, message in {
@@ -811,7 +811,7 @@ def test_figures_kept_by_an_earlier_version_can_be_shown():
     kept = list((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
     assert kept
     for path in kept:
-        found = profile.Report.from_dict(json.loads(path.read_text()))
+        found = profiling.Report.from_dict(json.loads(path.read_text()))
         assert found.machine.device == "cpu"
         assert found.measured
 
@@ -821,7 +821,7 @@ def test_plain_lines_need_no_tools(tmp_path: Path):
     code = (
         "import sys, runpy; "
         "sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib'])); "
-        "runpy.run_module('flatstep.profile', run_name='__main__')"
+        "runpy.run_module('flatstep.profiling', run_name='__main__')"
     )
     chosen = ["--workload", "mlp", "--optimizer", "sgd", "--rounds", "1", "--no-slow-paths"]
     chosen += ["--pass", "norm"]
@@ -836,13 +836,16 @@ def test_plain_lines_need_no_tools(tmp_path: Path):
         flatstep.__version__,
     ):
         assert said in done.stdout
-    assert profile.Report.from_dict(json.loads(kept.read_text())).measured
+    assert profiling.Report.from_dict(json.loads(kept.read_text())).measured
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 @pytest.mark.parametrize(
     "command",
-    [["-m", "flatstep.profile", "--device", "cuda"], [str(ROOT / "benchmarks" / "gpu_targets.py")]],
+    [
+        ["-m", "flatstep.profiling", "--device", "cuda"],
+        [str(ROOT / "benchmarks" / "gpu_targets.py")],
+    ],
     ids=["profile", "targets"],
 )
 def test_without_a_gpu_both_commands_say_so(command: list[str]):
@@ -859,9 +862,9 @@ def test_an_interrupt_leaves_what_was_measured():
         if done > 0.7:
             raise KeyboardInterrupt
 
-    tasks = [profile.Task(TINY, "adam", "float32"), profile.Task(TINY, "sgd", "float32")]
-    shown: list[profile.Case] = []
-    found = profile.run(
+    tasks = [profiling.Task(TINY, "adam", "float32"), profiling.Task(TINY, "sgd", "float32")]
+    shown: list[profiling.Case] = []
+    found = profiling.run(
         tasks, rounds=1, whole_step=False, on_progress=interrupt, on_case=shown.append
     )
     assert found.interrupted
@@ -930,7 +933,7 @@ def test_unknown_names_are_answered_with_the_known_ones(options: list[str], know
 
 def test_profile_needs_no_tools_to_be_imported():
     code = (
-        "import sys, flatstep.profile; "
+        "import sys, flatstep.profiling; "
         "sys.exit(bool({'rich', 'typer', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

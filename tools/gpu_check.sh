@@ -63,6 +63,6 @@ else
     echo "profile: no plot, and plain tables: $(tail -n 1 "$out/profile-tools.txt");"
     echo "  where there are: flatstep profile --load profile.json --plot profile.png"
   } | tee -a "$out/summary.txt"
-  step profile python -m flatstep.profile "${profile[@]}"
+  step profile python -m flatstep.profiling "${profile[@]}"
 fi
 exit "$failed"

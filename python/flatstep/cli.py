@@ -20,7 +20,7 @@ def main() -> None:
         raise SystemExit(2)
     import typer
 
-    from flatstep.profile.command import profile
+    from flatstep.profiling.command import profile
     from flatstep.verify.command import verify
 
     app = typer.Typer(

@@ -1,4 +1,4 @@
-"""The profile where the command line's libraries are absent: ``python -m flatstep.profile``."""
+"""The profile where the command line's libraries are absent: ``python -m flatstep.profiling``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import sys
 from pathlib import Path
 
-from flatstep.profile.device import DEVICES
-from flatstep.profile.passes import plan_passes
-from flatstep.profile.run import SECONDS_BY_DEFAULT, plan, run
-from flatstep.profile.text import left_out, machine_line, plain_case, plain_passes
+from flatstep.profiling.device import DEVICES
+from flatstep.profiling.passes import plan_passes
+from flatstep.profiling.run import SECONDS_BY_DEFAULT, plan, run
+from flatstep.profiling.text import left_out, machine_line, plain_case, plain_passes
 
 
 def main() -> int:
     """Measures as ``flatstep profile`` does, but for the whole step, and prints plain lines."""
     parser = argparse.ArgumentParser(
-        prog="python -m flatstep.profile",
+        prog="python -m flatstep.profiling",
         description="Measures updates like `flatstep profile`, without the libraries that it needs "
         "for tables and plots; `flatstep profile --load FILE` makes them of what --json keeps.",
     )

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 
 from flatstep import _core
-from flatstep.profile import memory
-from flatstep.profile.limit import COPIED_AT_ONCE, Copies, Streams, Traffic
-from flatstep.profile.measure import Stopwatch, on_the_gpu, on_the_host
+from flatstep.profiling import memory
+from flatstep.profiling.limit import COPIED_AT_ONCE, Copies, Streams, Traffic
+from flatstep.profiling.measure import Stopwatch, on_the_gpu, on_the_host
 
 
 class Device(ABC):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import compress
 
-from flatstep.profile import training
-from flatstep.profile.measure import Timing
-from flatstep.profile.results import Case, Pass, Report, Result, Training
-from flatstep.profile.works import FLAT, TENSORS, TORCH
+from flatstep.profiling import training
+from flatstep.profiling.measure import Timing
+from flatstep.profiling.results import Case, Pass, Report, Result, Training
+from flatstep.profiling.works import FLAT, TENSORS, TORCH
 
 COLUMNS = (
     "",

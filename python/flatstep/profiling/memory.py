@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flatstep.profile.implementations import states_kept
-from flatstep.profile.workloads import WORKLOADS, Workload
+from flatstep.profiling.implementations import states_kept
+from flatstep.profiling.workloads import WORKLOADS, Workload
 
 if TYPE_CHECKING:
-    from flatstep.profile.device import Device
+    from flatstep.profiling.device import Device
 
 
 def arrays_needed(optimizer: str, device: Device) -> int:

@@ -16,9 +16,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import flatstep
 from flatstep.optim import extras
 from flatstep.optim.base import Optimizer
-from flatstep.profile.implementations import parameter
-from flatstep.profile.limit import Moved, Pages, Traffic
-from flatstep.profile.workloads import Shape
+from flatstep.profiling.implementations import parameter
+from flatstep.profiling.limit import Moved, Pages, Traffic
+from flatstep.profiling.workloads import Shape
 
 F32, BF16 = torch.float32, torch.bfloat16
 EMA_DECAY = 0.999

@@ -16,16 +16,16 @@ import torch
 
 import flatstep
 from flatstep._torch import DTYPES
-from flatstep.profile import memory, passes, training
-from flatstep.profile.case import measure
-from flatstep.profile.check import Sample
-from flatstep.profile.device import Device, device_named
-from flatstep.profile.implementations import Tensors, optimizer_named, states_kept, torch_paths
-from flatstep.profile.limit import bytes_moved
-from flatstep.profile.measure import LEAST_TURNS, Timing
-from flatstep.profile.passes import PassTask, plan_passes
-from flatstep.profile.results import Case, Machine, Pass, Report, Training
-from flatstep.profile.workloads import WORKLOADS, Workload, workload_named, workload_of_model
+from flatstep.profiling import memory, passes, training
+from flatstep.profiling.case import measure
+from flatstep.profiling.check import Sample
+from flatstep.profiling.device import Device, device_named
+from flatstep.profiling.implementations import Tensors, optimizer_named, states_kept, torch_paths
+from flatstep.profiling.limit import bytes_moved
+from flatstep.profiling.measure import LEAST_TURNS, Timing
+from flatstep.profiling.passes import PassTask, plan_passes
+from flatstep.profiling.results import Case, Machine, Pass, Report, Training
+from flatstep.profiling.workloads import WORKLOADS, Workload, workload_named, workload_of_model
 
 OPTIMIZERS_BY_DEFAULT = ("adam", "sgd", "rmsprop")
 LARGE_WORKLOADS = ("gpt2", "flat", "llama-3.2-1b")
@@ -82,7 +82,7 @@ def plan(
         dtype: A name in :data:`DTYPES`; None for float32, and where ``optimizers`` is None too,
             for adam in bfloat16 on the large workloads besides.
         model: "package.module:callable", whose model is a workload too.
-        device: A name in :data:`~flatstep.profile.device.DEVICES`.
+        device: A name in :data:`~flatstep.profiling.device.DEVICES`.
 
     Raises:
         ValueError: An unknown name, with those that there are.

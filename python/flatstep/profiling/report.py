@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from flatstep.profile.results import Case, Pass, Report, Training
-from flatstep.profile.text import (
+from flatstep.profiling.results import Case, Pass, Report, Training
+from flatstep.profiling.text import (
     PASS_COLUMNS,
     advice,
     case_rows,

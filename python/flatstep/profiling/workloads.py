@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import pkgutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+
+from flatstep.subjects import resolve
 
 Shape = tuple[int, ...]
 
@@ -112,17 +111,11 @@ def workload_of_model(path: str) -> Workload:
     Raises:
         ValueError: Where there is no such callable, or it returns no model with parameters.
     """
-    module, colon, function = path.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f"'{path}' is not of the form package.module:callable")
-    here = os.getcwd()
-    sys.path.insert(0, here)
+    make = resolve(path)
     try:
-        model = pkgutil.resolve_name(path)()
+        model = make()
     except Exception as error:
         raise ValueError(f"{path} gave no model: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{path} returned a {type(model).__name__}, not a torch.nn.Module")
     shapes = tuple(

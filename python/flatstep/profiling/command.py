@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from flatstep._torch import DTYPES
-from flatstep.profile.device import DEVICES
-from flatstep.profile.implementations import OPTIMIZERS
-from flatstep.profile.passes import ALL, WORKLOAD_BY_DEFAULT, plan_passes
-from flatstep.profile.plot import FORMATS, draw
-from flatstep.profile.report import case_table, pass_table, print_end, training_table
-from flatstep.profile.results import Report
-from flatstep.profile.run import OPTIMIZERS_BY_DEFAULT, SECONDS_BY_DEFAULT, device_for, plan, run
-from flatstep.profile.workloads import WORKLOADS
-from flatstep.profile.works import WORKS
+from flatstep.profiling.device import DEVICES
+from flatstep.profiling.implementations import OPTIMIZERS
+from flatstep.profiling.passes import ALL, WORKLOAD_BY_DEFAULT, plan_passes
+from flatstep.profiling.plot import FORMATS, draw
+from flatstep.profiling.report import case_table, pass_table, print_end, training_table
+from flatstep.profiling.results import Report
+from flatstep.profiling.run import OPTIMIZERS_BY_DEFAULT, SECONDS_BY_DEFAULT, device_for, plan, run
+from flatstep.profiling.workloads import WORKLOADS
+from flatstep.profiling.works import WORKS
 
 
 def profile(

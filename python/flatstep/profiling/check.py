@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 from flatstep import reference
 from flatstep.optim.base import RULES, Optimizer
-from flatstep.profile.implementations import Implementation, build_torch
-from flatstep.profile.workloads import Shape
+from flatstep.profiling.implementations import Implementation, build_torch
+from flatstep.profiling.workloads import Shape
 
 STEPS = 2  # the first one creates the states and differs in SGD
 MOST_ELEMENTS = 1 << 15

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import flatstep
-from flatstep.profile.check import close
-from flatstep.profile.measure import Timing
-from flatstep.profile.results import Training, TrainingResult
+from flatstep.profiling.check import close
+from flatstep.profiling.measure import Timing
+from flatstep.profiling.results import Training, TrainingResult
 
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 40

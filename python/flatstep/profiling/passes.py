@@ -17,14 +17,14 @@ from flatstep._torch import STORED
 from flatstep.optim import extras
 from flatstep.optim.base import RULES, Optimizer
 from flatstep.optim.weights import join
-from flatstep.profile import memory
-from flatstep.profile.case import fill_in, limit_name
-from flatstep.profile.check import STEPS, Sample, close
-from flatstep.profile.limit import Mix, Moved, Pages, Streams
-from flatstep.profile.measure import Race, on_the_host
-from flatstep.profile.results import Limit, Pass, Result
-from flatstep.profile.workloads import Workload, workload_named
-from flatstep.profile.works import (
+from flatstep.profiling import memory
+from flatstep.profiling.case import fill_in, limit_name
+from flatstep.profiling.check import STEPS, Sample, close
+from flatstep.profiling.limit import Mix, Moved, Pages, Streams
+from flatstep.profiling.measure import Race, on_the_host
+from flatstep.profiling.results import Limit, Pass, Result
+from flatstep.profiling.workloads import Workload, workload_named
+from flatstep.profiling.works import (
     LOSS_SCALE,
     TENSORS,
     WORKS,
@@ -95,8 +95,8 @@ def plan_passes(
     """The passes to measure, workload by workload.
 
     Args:
-        names: Names in :data:`~flatstep.profile.works.WORKS`; None, or one that is "all", for all.
-        workloads: Names in :data:`~flatstep.profile.WORKLOADS`; None for ResNet-50's.
+        names: Names in :data:`~flatstep.profiling.works.WORKS`; None, or "all" in it, for all.
+        workloads: Names in :data:`~flatstep.profiling.WORKLOADS`; None for ResNet-50's.
 
     Raises:
         ValueError: An unknown name, with those that there are.

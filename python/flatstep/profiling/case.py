@@ -8,12 +8,12 @@ from time import perf_counter
 import torch
 
 from flatstep._torch import zeros_flat
-from flatstep.profile.check import STEPS, Sample, Values, check
-from flatstep.profile.device import Device
-from flatstep.profile.implementations import Implementation, Tensors
-from flatstep.profile.limit import Pages, Traffic
-from flatstep.profile.measure import Race, Timing
-from flatstep.profile.results import Case, Limit, Measured, Result
+from flatstep.profiling.check import STEPS, Sample, Values, check
+from flatstep.profiling.device import Device
+from flatstep.profiling.implementations import Implementation, Tensors
+from flatstep.profiling.limit import Pages, Traffic
+from flatstep.profiling.measure import Race, Timing
+from flatstep.profiling.results import Case, Limit, Measured, Result
 
 FIRST_STEPS = 0.4  # of a case's time, roughly
 

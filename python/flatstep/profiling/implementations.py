@@ -14,8 +14,8 @@ from torch.nn import Parameter
 import flatstep
 from flatstep import optim
 from flatstep.optim.base import Optimizer
-from flatstep.profile.limit import Pages, Traffic
-from flatstep.profile.workloads import Shape, Workload
+from flatstep.profiling.limit import Pages, Traffic
+from flatstep.profiling.workloads import Shape, Workload
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): getattr(optim, name) for name in optim.__all__

@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatstep.profile.results import Case, Report
-from flatstep.profile.text import format_time, machine_line, short_problem
+from flatstep.profiling.results import Case, Report
+from flatstep.profiling.text import format_time, machine_line, short_problem
 
 FORMATS = (".png", ".svg", ".pdf")
 

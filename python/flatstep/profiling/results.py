@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from flatstep.profile.measure import Timing
+from flatstep.profiling.measure import Timing
 
 INTERRUPTED = 130  # an exit code
 

@@ -1,0 +1,31 @@
+"""Update throughput against the machine's limit and beside torch's own: ``flatstep profile``.
+
+>>> from flatstep import profiling
+>>> report = profiling.run(profiling.plan(["resnet50"], ["adam"]))
+>>> report.as_dict()
+"""
+
+from flatstep.profiling.passes import PassTask, plan_passes
+from flatstep.profiling.results import Case, Limit, Pass, Report, Result, Training, TrainingResult
+from flatstep.profiling.run import Task, plan, run
+from flatstep.profiling.workloads import WORKLOADS, Workload
+from flatstep.profiling.works import WORKS, Work
+
+__all__ = [
+    "WORKLOADS",
+    "WORKS",
+    "Case",
+    "Limit",
+    "Pass",
+    "PassTask",
+    "Report",
+    "Result",
+    "Task",
+    "Training",
+    "TrainingResult",
+    "Work",
+    "Workload",
+    "plan",
+    "plan_passes",
+    "run",
+]
