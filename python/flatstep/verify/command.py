@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 import flatstep
+from flatstep import subjects
+from flatstep.accuracy.command import measure_accuracy
 from flatstep.cli import facts
 from flatstep.verify import cases, runner
+from flatstep.verify.progress import progress_bar
 from flatstep.verify.report import show
 from flatstep.verify.results import Report
-from flatstep.verify.runner import OnProgress
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
@@ -51,6 +43,31 @@ def verify(
     torch: Annotated[
         bool, typer.Option("--torch/--no-torch", help="Measure the distance to torch.optim too.")
     ] = True,
+    accuracy: Annotated[
+        bool,
+        typer.Option(
+            "--accuracy",
+            help="Instead: how far every implementation here, torch's too, is from the float64 "
+            "truth after 1, 20 and 1000 steps.",
+        ),
+    ] = False,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --accuracy: measure this class too; repeatable.",
+            metavar="PACKAGE.MODULE:CLASS",
+        ),
+    ] = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", help="An option of the named optimizers; repeatable.", metavar="NAME=VALUE"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --accuracy: draw the distances here.", metavar="FILE"),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--json", help="Write the report here.", metavar="FILE")
     ] = None,
@@ -62,6 +79,30 @@ def verify(
     says where and how to see it again. Exit codes: 1 where anything differed, 130 after Ctrl-C.
     """
     console = Console(highlight=False)
+    for path in (output, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no directory {path.parent}")
+    if accuracy:
+        unused = {"variant": variant, "isa": isa, "threads": threads, "size": size, "setup": setup}
+        for name, given in unused.items():
+            if given:
+                raise typer.BadParameter(f"--{name} does not go with --accuracy: drop one of them")
+        one_rule = rule[0] if rule is not None and len(rule) == 1 else None
+        try:
+            named = [subjects.subject(path, with_ or (), one_rule) for path in optimizer or ()]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        raise typer.Exit(
+            measure_accuracy(
+                console,
+                rules=rule,
+                dtypes=dtype,
+                subjects=named,
+                quick=quick,
+                output=output,
+                picture=plot,
+            )
+        )
     try:
         selection = cases.select(
             quick=quick,
@@ -76,8 +117,6 @@ def verify(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if output and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no directory {output.parent}")
     report = runner.start(selection)
     try:
         console.print(
@@ -85,10 +124,10 @@ def verify(
             f"{', '.join(report.isas)}; threads {', '.join(map(str, report.threads))}; "
             f"seed {seed}",
         )
-        with _progress(console, "the reference") as on_progress:
+        with progress_bar(console, "the reference") as on_progress:
             runner.compare(selection, report, on_progress)
         if torch:
-            with _progress(console, "torch.optim") as on_progress:
+            with progress_bar(console, "torch.optim") as on_progress:
                 runner.measure(selection, report, on_progress)
     except KeyboardInterrupt:
         report.interrupted = True
@@ -103,22 +142,3 @@ def _exit_code(report: Report) -> int:
     if report.interrupted:
         return INTERRUPTED
     return 0 if report.ok else 1
-
-
-@contextmanager
-def _progress(console: Console, against: str) -> Iterator[OnProgress]:
-    """A bar with the time left, on a terminal only."""
-    with Progress(
-        TextColumn("against {task.fields[against]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task: TaskID = progress.add_task("", against=against, total=None)
-        yield lambda done, total, what: progress.update(
-            task, completed=done, total=total, description=what
-        )

@@ -35,7 +35,8 @@ def show(report: Report, console: Console) -> None:
     console.print(_verdict(report))
 
 
-def _table(title: str, caption: str) -> Table:
+def new_table(title: str, caption: str) -> Table:
+    """An empty table in the style of these reports."""
     return Table(
         title=title,
         caption=caption,
@@ -48,7 +49,7 @@ def _table(title: str, caption: str) -> Table:
     )
 
 
-def _add_rows(table: Table, rows: Iterator[tuple[str, str, list[str]]]) -> Table:
+def add_rows(table: Table, rows: Iterator[tuple[str, str, list[str]]]) -> Table:
     """Adds rows of a name, a dtype and cells; a name that comes again is left out."""
     previous = ""
     for name, dtype, cells in rows:
@@ -58,7 +59,7 @@ def _add_rows(table: Table, rows: Iterator[tuple[str, str, list[str]]]) -> Table
 
 
 def _tallies(report: Report) -> Table:
-    table = _table(
+    table = new_table(
         "Cases with the reference's bytes",
         f"a case: {UPDATES} updates of one variant, size and setup",
     )
@@ -77,7 +78,7 @@ def _tallies(report: Report) -> Table:
             return f"[red]{tally.mismatches:,} of {tally.cases:,} differ[/]"
         return f"{tally.cases:,} [green]✓[/]"
 
-    return _add_rows(
+    return add_rows(
         table,
         (
             (rule, dtype, [cell(rule, dtype, isa) for isa in report.isas])
@@ -89,7 +90,7 @@ def _tallies(report: Report) -> Table:
 
 def _distances(report: Report) -> Table:
     implementations = ("flatstep", *PATHS)
-    table = _table(
+    table = new_table(
         f"Parameters after {STEPS} steps: distance from the reference, torch {torch.__version__}",
         "worst / mean, in ULP of the dtype; flatstep's is 0, torch's is said, not judged",
     )
@@ -113,7 +114,7 @@ def _distances(report: Report) -> Table:
         text = f"{worst:,} / {mean:.2g}" if worst else "0"
         return f"{text}\n{lost:.0%} NaN/Inf" if lost else text
 
-    return _add_rows(
+    return add_rows(
         table,
         (
             (optimizer, dtype, [cell(optimizer, dtype, name) for name in implementations])
