@@ -25,18 +25,18 @@ MODES: dict[str, dict[str, dict[str, Any]]] = {
         "master, f32": {"master": "float32", "state_dtype": torch.float32},
     },
 }
-# Classes of other packages, by rule; taken where the package is installed.
-PEERS: dict[str, dict[str, dict[str, Any]]] = {
+# Classes of other packages, by rule and name; taken where the package is installed.
+PEERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "adam": {
-        "deepspeed.ops.adam:DeepSpeedCPUAdam": {"adamw_mode": False},
-        "bitsandbytes.optim:Adam32bit": {},
+        "DeepSpeedCPUAdam": ("deepspeed.ops.adam:DeepSpeedCPUAdam", {"adamw_mode": False}),
+        "bitsandbytes Adam32bit": ("bitsandbytes.optim:Adam32bit", {}),
     },
     "adamw": {
-        "deepspeed.ops.adam:DeepSpeedCPUAdam": {"adamw_mode": True},
-        "bitsandbytes.optim:AdamW32bit": {},
+        "DeepSpeedCPUAdam": ("deepspeed.ops.adam:DeepSpeedCPUAdam", {"adamw_mode": True}),
+        "bitsandbytes AdamW32bit": ("bitsandbytes.optim:AdamW32bit", {}),
     },
-    "rmsprop": {"bitsandbytes.optim:RMSprop32bit": {}},
-    "sgd": {"bitsandbytes.optim:SGD32bit": {}},
+    "rmsprop": {"bitsandbytes RMSprop32bit": ("bitsandbytes.optim:RMSprop32bit", {})},
+    "sgd": {"bitsandbytes SGD32bit": ("bitsandbytes.optim:SGD32bit", {})},
 }
 
 
@@ -69,18 +69,14 @@ def implementations(
         for name, options in PATHS.items()
         if options.keys() <= accepted.keys()
     }
-    peers = {
-        path: options for path, options in PEERS[rule].items() if _is_installed(path.split(".")[0])
+    named = {
+        **{name: Subject(f"flatstep:{cls}", rule, options) for name, options in modes.items()},
+        **{name: Subject(f"torch.optim:{cls}", rule, options) for name, options in paths.items()},
+        **{name: Subject(path, rule, options) for name, (path, options) in PEERS[rule].items()},
+        **{subject.label: subject for subject in subjects if subject.rule == rule},
     }
-    return [
-        *(Implementation(n, Subject(f"flatstep:{cls}", rule, o)) for n, o in modes.items()),
-        *(Implementation(n, Subject(f"torch.optim:{cls}", rule, o)) for n, o in paths.items()),
-        *(
-            Implementation(f"{path.split('.')[0]} {path.split(':')[1]}", Subject(path, rule, o))
-            for path, o in peers.items()
-        ),
-        *(Implementation(subject.label, subject) for subject in subjects if subject.rule == rule),
-    ]
+    found = [Implementation(name, subject) for name, subject in named.items()]
+    return [one for one in found if one.subject in subjects or _is_installed(one.package)]
 
 
 def _is_installed(package: str) -> bool:

@@ -59,7 +59,7 @@ def draw(report: Report, path: Path) -> None:
         figure.text(0.1 / width, inches / height, text, **style)
 
     steps = report.steps[-1]
-    title = f"Distance from the float64 truth after {steps:,} step{'s' if steps > 1 else ''}"
+    title = f"Distance from the truth after {steps:,} step{'s' if steps > 1 else ''}"
     write(height - 0.32, title, fontsize=12, fontweight="bold", color=INK)
     write(
         height - 0.56,
@@ -115,4 +115,4 @@ def _shares(found: Distances) -> list[tuple[float, Any]]:
     starts, ends = (0, *ENDS), (*ENDS, len(found.histogram) + 1)
     counts = [sum(found.histogram[start:end]) for start, end in zip(starts, ends, strict=True)]
     shares = [100 * count / found.elements for count in (*counts, found.not_finite)]
-    return list(zip(shares, [*COLORS, ALARM], strict=True))
+    return [(share, color) for share, color in zip(shares, [*COLORS, ALARM], strict=True) if share]

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flatstep.accuracy.results import Distances, Report, Run
-from flatstep.verify.report import add_rows, new_table
+from flatstep.verify.report import new_table
 
 WIDE = 105  # columns, from which on the states have one too
 
@@ -26,33 +26,34 @@ def show(report: Report, console: Console) -> None:
 
 
 def _table(report: Report, dtype: str, wide: bool) -> Table:
-    states = "; states: the worst of them" if wide else "; states: in a wider terminal, or --json"
+    last = f"{report.steps[-1]:,}"
+    when = f"{', '.join(f'{n:,}' for n in report.steps)} steps" if wide else f"{last} steps"
+    states = "the worst of them" if wide else "in a wider terminal, or in --json"
     table = new_table(
-        f"{dtype}: values between the result and the float64 truth, worst / mean",
-        f"exact: elements that are the truth, rounded, after {_list(report.steps)} steps{states}",
+        f"{dtype}: values between the result and the truth, worst / mean",
+        f"exact: elements that are the truth, rounded, after {when}; states: {states}",
     )
-    table.add_column("rule")
-    table.add_column("implementation", no_wrap=True)
+    table.add_column("rule and implementation", no_wrap=True)
     for steps in report.steps:
-        table.add_column("1 step" if steps == 1 else f"{steps:,} steps", justify="right")
-    table.add_column("exact", justify="right")
+        title = "1 step" if steps == 1 else f"{steps:,} steps"
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("exact", justify="right", no_wrap=True)
     if wide:
-        table.add_column(f"states after {report.steps[-1]:,}", justify="right")
-    return add_rows(table, _rows(report, dtype, wide))
+        table.add_column(f"states after {last}", justify="right")
+    runs = [run for run in report.runs if run.dtype == dtype]
+    for rule in dict.fromkeys(run.rule for run in runs):
+        table.add_row(f"[bold]{rule}[/]")
+        for run in runs:
+            if run.rule == rule:
+                table.add_row(f"  {escape(run.implementation)}", *_cells(report, run, wide))
+    return table
 
 
-def _list(numbers: list[int]) -> str:
-    return ", ".join(f"{n:,}" for n in numbers)
-
-
-def _rows(report: Report, dtype: str, wide: bool) -> Iterator[tuple[str, str, list[str]]]:
-    for run in report.runs:
-        if run.dtype == dtype:
-            cells = [_cell(run, run.after(steps)) for steps in report.steps]
-            cells.append(_exact(run, report.steps))
-            if wide:
-                cells.append(_states(run.states_after(report.steps[-1])))
-            yield run.rule, escape(run.implementation), cells
+def _cells(report: Report, run: Run, wide: bool) -> Iterator[str]:
+    yield from (_cell(run, run.after(steps)) for steps in report.steps)
+    yield _exact(run, report.steps if wide else report.steps[-1:])
+    if wide:
+        yield _states(run.states_after(report.steps[-1]))
 
 
 def _cell(run: Run, found: Distances | None) -> str:
@@ -60,18 +61,20 @@ def _cell(run: Run, found: Distances | None) -> str:
         return "[red]error[/]" if run.error else "–"
     if found.not_finite == found.elements:
         return "[red]NaN/Inf[/]"
-    text = format_distances(found)
+    text = _worst_and_mean(found)
     share = found.not_finite / found.elements
     return f"{text}\n[red]{share:.1%} NaN/Inf[/]" if share else text
 
 
-def format_distances(found: Distances) -> str:
-    """The worst and the mean, in a few characters."""
-    return f"{found.worst:,} / {_short(found.mean)}" if found.worst else "0"
+def _worst_and_mean(found: Distances) -> str:
+    return f"{_short(found.worst)} / {_short(found.mean)}" if found.worst else "0"
 
 
-def _short(mean: float) -> str:
-    return f"{mean:,.0f}" if mean >= 10 else f"{mean:.2g}"
+def _short(distance: float) -> str:
+    if distance >= 1e5:
+        mantissa, exponent = f"{distance:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{distance:,.0f}" if distance >= 10 else f"{distance:.2g}"
 
 
 def _exact(run: Run, steps: list[int]) -> str:
@@ -84,7 +87,7 @@ def _states(states: list[Distances]) -> str:
     if not states:
         return "–"
     worst = max(states, key=lambda state: state.mean)
-    return f"{worst.array} {format_distances(worst)}"
+    return f"{worst.array} {_worst_and_mean(worst)}"
 
 
 def _ending(report: Report) -> str:

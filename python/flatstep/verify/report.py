@@ -49,7 +49,7 @@ def new_table(title: str, caption: str) -> Table:
     )
 
 
-def add_rows(table: Table, rows: Iterator[tuple[str, str, list[str]]]) -> Table:
+def _add_rows(table: Table, rows: Iterator[tuple[str, str, list[str]]]) -> Table:
     """Adds rows of a name, a dtype and cells; a name that comes again is left out."""
     previous = ""
     for name, dtype, cells in rows:
@@ -78,7 +78,7 @@ def _tallies(report: Report) -> Table:
             return f"[red]{tally.mismatches:,} of {tally.cases:,} differ[/]"
         return f"{tally.cases:,} [green]✓[/]"
 
-    return add_rows(
+    return _add_rows(
         table,
         (
             (rule, dtype, [cell(rule, dtype, isa) for isa in report.isas])
@@ -114,7 +114,7 @@ def _distances(report: Report) -> Table:
         text = f"{worst:,} / {mean:.2g}" if worst else "0"
         return f"{text}\n{lost:.0%} NaN/Inf" if lost else text
 
-    return add_rows(
+    return _add_rows(
         table,
         (
             (optimizer, dtype, [cell(optimizer, dtype, name) for name in implementations])
