@@ -13,23 +13,24 @@ from flatstep.accuracy import plot
 from flatstep.accuracy.report import show
 from flatstep.accuracy.run import STEPS, measure
 from flatstep.cli import facts
-from flatstep.subjects import Subject
-from flatstep.verify.progress import progress_bar
+from flatstep.subjects import subject
+from flatstep.verify.progress import INTERRUPTED, progress_bar
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 
 
 def measure_accuracy(
     console: Console,
+    optimizer: str | None,
+    options: Sequence[str],
     *,
     rules: Sequence[str] | None,
     dtypes: Sequence[str] | None,
-    subjects: Sequence[Subject],
     quick: bool,
     output: Path | None,
     picture: Path | None,
 ) -> int:
-    """Measures, prints, and writes what was asked for.
+    """Measures what is there, and an optimizer that is named; prints and writes what was found.
 
     Returns:
         The exit code: 1 where flatstep's or a named optimizer raised, 130 after Ctrl-C. What
@@ -39,7 +40,11 @@ def measure_accuracy(
         raise typer.BadParameter(
             f"a plot's name ends in {', '.join(plot.FORMATS)}; '{picture}' does not"
         )
+    if options and optimizer is None:
+        raise typer.BadParameter("--with needs --optimizer PACKAGE.MODULE:CLASS")
+    one_rule = rules[0] if rules is not None and len(rules) == 1 else None
     try:
+        subjects = [] if optimizer is None else [subject(optimizer, options, one_rule)]
         with progress_bar(console, "the truth") as on_progress:
             report = measure(
                 rules, dtypes, subjects, STEPS[:-1] if quick else STEPS, on_progress=on_progress
@@ -54,8 +59,7 @@ def measure_accuracy(
         plot.draw(report, picture)
     if report.interrupted:
         return INTERRUPTED
-    judged = {subject.path for subject in subjects}
     failed = [
-        run for run in report.failed if run.path in judged or run.path.startswith("flatstep:")
+        run for run in report.failed if run.path.startswith("flatstep:") or run.path == optimizer
     ]
     return FAILED if failed else 0

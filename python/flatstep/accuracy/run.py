@@ -16,13 +16,13 @@ from flatstep.accuracy.implementations import Implementation, implementations
 from flatstep.accuracy.results import Distances, Report, Run
 from flatstep.accuracy.truth import (
     CLASSES,
-    NUMBERS,
     OPTIONS,
     Arrays,
     follow,
     gradients,
     known_dtypes,
 )
+from flatstep.conformance.truth import Asked
 from flatstep.subjects import Subject
 from flatstep.verify import ulp
 
@@ -106,12 +106,12 @@ def _run(
 ) -> Run:
     subject = implementation.subject
     options = {**OPTIONS[subject.rule], **subject.options}
-    numbers = {name: options[name] for name in NUMBERS if name in options}
     run = Run(subject.rule, dtype, implementation.name, subject.path, {})
     try:
-        key = f"{subject.rule} {dtype} {numbers}"
+        asked = Asked.of(subject.rule, options)
+        key = f"{subject.rule} {dtype} {asked}"
         if key not in truths:
-            arrays = follow(subject.rule, numbers, dtype, stops)
+            arrays = follow(subject.rule, asked, dtype, stops)
             truths[key] = dict(zip(stops, arrays, strict=True))
         taken = {
             name: value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 import flatstep
 from flatstep import reference
 from flatstep._torch import DTYPES
-from flatstep.optim.base import RULES, Optimizer
+from flatstep.conformance.truth import FAMILY, STATES, Asked
+from flatstep.optim.base import Optimizer
 from flatstep.verify import ulp
 
 CLASSES: dict[str, type[Optimizer]] = {
@@ -31,11 +32,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rmsprop": {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8},
     "sgd": {"lr": 1e-3, "momentum": 0.9},
 }
-# The options that are numbers of the rule; others say how it is computed.
-NUMBERS = (
-    *("lr", "betas", "eps", "weight_decay", "amsgrad", "alpha", "momentum", "centered"),
-    *("dampening", "nesterov", "maximize", "decoupled_weight_decay"),
-)
 LONG = np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -67,9 +63,7 @@ def gradients(dtype: str, steps: int) -> Tensor:
     return (_pushes() * (1 + noise)).to(DTYPES[dtype])
 
 
-def follow(
-    rule: str, options: Mapping[str, Any], dtype: str, stops: Sequence[int]
-) -> Iterator[Arrays]:
+def follow(rule: str, asked: Asked, dtype: str, stops: Sequence[int]) -> Iterator[Arrays]:
     """The parameters, as "param", and the states in exact arithmetic, or nearly.
 
     Float64 for parameters of 16 and 32 bits, the processor's longer type for those of 64; gradients
@@ -79,19 +73,13 @@ def follow(
         The arrays at each stop, a number of steps.
     """
     wide = np.longdouble if dtype == "float64" else np.float64
-    opt: Any = CLASSES[rule]([torch.zeros(1)], **{k: options[k] for k in NUMBERS if k in options})
-    group = opt.param_groups[0]
-    flags, values = opt.variant(group)
-    names = RULES[opt.rule]
-    chosen = reference.flag_names(opt.rule, flags, names["flags"])
-    hyper = dict(zip(names["hyper"], map(wide, values), strict=True))
+    definition = reference.RULES[FAMILY[rule]]
+    hyper = {name: wide(value) for name, value in asked.hyper.items()}
     p = torch.cat([w.reshape(-1) for w in ulp.weights(dtype)]).double().numpy().astype(wide)
-    states = {name: np.zeros_like(p) for name in dict(names["variants"])[flags]}
-    definition = reference.RULES[opt.rule]
+    states = {name: np.zeros_like(p) for name in STATES[FAMILY[rule]]}
     for step, row in enumerate(gradients(dtype, max(stops)), 1):
-        scale = wide(-1.0 if group["maximize"] else 1.0)
-        k = SimpleNamespace(**definition.prepare(hyper, step, scale, np.sqrt))
+        k = SimpleNamespace(**definition.prepare(hyper, step, wide(asked.scale), np.sqrt))
         grad = row.double().numpy().astype(wide)
-        p = definition.update(p, grad, states, k, **chosen, xp=reference.NumpyMath)
+        p = definition.update(p, grad, states, k, **asked.flags, xp=reference.NumpyMath)
         if step in stops:
             yield {"param": p, **states}

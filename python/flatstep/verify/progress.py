@@ -1,4 +1,4 @@
-"""The bar of a verification."""
+"""What the commands of ``verify`` share: the bar, and how Ctrl-C ends them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.progress import (
 )
 
 from flatstep.verify.runner import OnProgress
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 
 @contextmanager
