@@ -268,6 +268,10 @@ def test_an_interruption_leaves_what_was_measured() -> None:
         ({"rules": ["lamb"]}, "no rule 'lamb'; there are adam, adamw, rmsprop, sgd"),
         ({"dtypes": ["int8"]}, "no dtype 'int8'"),
         ({"steps": [0, 3]}, "steps must be at least 1, not 0"),
+        (
+            {"rules": ["adam"], "subjects": [subject(Nudged)]},
+            "Nudged follows sgd: name that rule too",
+        ),
         ({"steps": []}, "steps must be at least 1, not none"),
     ],
 )

@@ -88,6 +88,9 @@ def _plan(
         for one in given:
             if one not in known:
                 raise ValueError(f"no {name} '{one}'; there are {', '.join(known)}")
+    for subject in subjects:
+        if subject.rule not in rules:
+            raise ValueError(f"{subject.path} follows {subject.rule}: name that rule too")
     return [
         (dtype, implementation)
         for dtype in found
