@@ -32,8 +32,8 @@ def profile(*optimizers: torch.optim.Optimizer, limit: float | None = None) -> R
             it is measured, in a second or less, when a figure that needs it is first asked for.
 
     Returns:
-        The recording, a context manager. It can be read inside and after the ``with``, and entered
-        again to go on.
+        The recording: a context manager, with ``start()`` and ``stop()`` where a ``with`` does not
+        fit. It can be read while it runs and afterwards, and goes on where it is entered again.
 
     Raises:
         TypeError: Something is not an optimizer.
@@ -91,7 +91,16 @@ class Recorder:
         self._active = False
 
     def __enter__(self) -> Recorder:
-        """Begins to record.
+        """As :meth:`start`."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """As :meth:`stop`."""
+        self.stop()
+
+    def start(self) -> None:
+        """Begins to record, or goes on.
 
         Raises:
             ValueError: An optimizer is being recorded already, or steps in backward. None is then
@@ -106,10 +115,9 @@ class Recorder:
         self._active = True
         if self.began is None:
             self.began, self.began_at = perf_counter(), time()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Ends the recording; what has been recorded stays."""
+    def stop(self) -> None:
+        """Ends the recording, if it runs; what has been recorded stays."""
         if self._active:
             self._active = False
             for watch in self.watches.values():

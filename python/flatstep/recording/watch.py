@@ -137,6 +137,7 @@ class StepWatch(Watch):
         # What the last traffic was counted for.
         self._table: Table | None = None
         self._counted: list[torch.Tensor] = []
+        self._whole = -1  # how many they were, where they were all that the table has
         self._place = -1
 
     def attach(self) -> None:
@@ -176,7 +177,9 @@ class StepWatch(Watch):
         end = perf_counter()
         table, norm = self.optimizer._table, self.optimizer._clipped.norm
         if (
-            table is not self._table or self.update_begin == NONE or len(self.updated) != table.rows  # type: ignore[union-attr]
+            table is not self._table
+            or self.update_begin == NONE
+            or len(self.updated) != self._whole
         ):
             self._count(table)
         latest = self._latest
@@ -218,6 +221,7 @@ class StepWatch(Watch):
                 self.traffics.append(traffic)
             self._place = self.traffics.index(traffic)
             self._table, self._counted = table, updated
+            self._whole = table.rows if len(updated) == table.rows else -1
 
 
 class HookedWatch(Watch):
