@@ -659,8 +659,10 @@ def test_the_advice_fits_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     few = flatstep.AdamW(params_of())
     assert "in Python and hooks" in advice_on(monkeypatch, few, wall=1e-3, kernel=1e-4)
     assert "The update is small" in advice_on(monkeypatch, few, wall=1e-3, kernel=9e-4)
-    monkeypatch.setattr(summary, "LARGE", 0)
     moved = 28 * 97 / 1e9
+    said = advice_on(monkeypatch, few, wall=moved / 60, kernel=moved / 60)
+    assert said.startswith("The steps were faster than the limit")
+    monkeypatch.setattr(summary, "LARGE", 0)
     said = advice_on(monkeypatch, few, wall=moved / 49, kernel=moved / 49)
     assert said.startswith("The update runs near this machine's limit")
     cores = torch.get_num_threads()

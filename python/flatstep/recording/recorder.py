@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatstep.optim.base import Optimizer
+from flatstep.optim.routes import local_of
 from flatstep.recording.rows import Row
 from flatstep.recording.traffic import Traffic, measure_limit
 from flatstep.recording.watch import NONE, HookedWatch, Record, StepWatch, Watch
@@ -137,7 +138,7 @@ class Recorder:
 
         Medians of ``wall_ms``, ``kernel_ms`` and ``gb_per_s``, the last ``grad_norm``, and how many
         steps were ``skipped``; with several optimizers the optimizer's name goes before. The limit
-        is not measured for it.
+        is not measured for it. Steps on a GPU are waited for.
         """
         found: dict[str, float] = {}
         for name, watch in self.watches.items():
@@ -163,12 +164,14 @@ class Recorder:
         if traffic is None or not traffic.update:
             return None
         states = [
-            value
+            local_of(value)
             for state in watch.optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor) and value.dim()
         ]
-        params = [param for group in watch.optimizer.param_groups for param in group["params"]]
+        params = [
+            local_of(param) for group in watch.optimizer.param_groups for param in group["params"]
+        ]
         self._limits[name] = measure_limit(traffic, norm=norm, params=params, states=states)
         return self._limits[name]
 

@@ -31,6 +31,7 @@ MANY = 32  # tensors, from which looking each of them up takes longer than Pytho
 LARGE = 64 << 20  # bytes: what is less may lie in caches between two steps
 MUCH = 0.25  # of a step's time
 NEAR = 0.7  # of the limit
+TOO_GOOD = 1.1
 
 Column = Callable[[Row], float | None]
 
@@ -117,6 +118,11 @@ def advice(recorder: Recorder, name: str, rows: Sequence[Row]) -> str:
     if traffic.gpu is None and wall - kernel > MUCH * wall:
         return _advice_on_wall_time(watch, traffic.tensors, wall, kernel)
     shares = [row.of_limit for row in usual(rows) if row.of_limit is not None]
+    if shares and median(shares) > TOO_GOOD:
+        return (
+            "The steps were faster than the limit: the machine was busier when that was measured, "
+            "so give flatstep.profile(opt, limit=...) the best GB/s that you know of it."
+        )
     if not shares or traffic.update < LARGE:
         return (
             "The update is small: its arrays may lie in caches, and backward() takes their place; "

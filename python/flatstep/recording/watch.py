@@ -172,6 +172,7 @@ class StepWatch(Watch):
             args, kwargs = self._timed(args, kwargs)
         self.may_be_seen = may_be_seen
         self.norm_begin = self.update_begin = NONE
+        self._on_gpu = None
         self._begin = perf_counter()
         loss = step(*args, **kwargs)
         end = perf_counter()
@@ -199,7 +200,6 @@ class StepWatch(Watch):
         self._norm = norm
         if self._on_gpu is not None:
             self.on_gpu[len(self) - 1] = self._on_gpu
-            self._on_gpu = None
         if len(latest) == AT_ONCE:
             self._put_away()
         return loss
