@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 import flatstep
 from flatstep import _core
-from flatstep.recording import Recorder, Row, summary, traffic
+from flatstep.recording import Recorder, Row, summary, traffic, watch
 from flatstep.recording.watch import AT_ONCE, TimedPlan
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -410,32 +410,79 @@ def test_a_recorded_step_makes_few_calls_more(options: dict[str, Any], most: int
     assert calls_of(opt.step) == plain
 
 
+class Gpu:
+    """Stands in for torch's view of a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waited = 0
+        self.ranges: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def synchronize(self) -> None:
+                gpu.waited += 1
+
+            def elapsed_time(self, _: Any) -> float:
+                return 2.0
+
+        stream = SimpleNamespace(record_event=lambda event: event)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+        monkeypatch.setattr(
+            torch.cuda.nvtx, "range", lambda name: nullcontext(self.ranges.append(name))
+        )
+        monkeypatch.setattr(TimedPlan, "_find_gpus", lambda _: [0])
+
+
 def test_a_recording_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def synchronize(self) -> None:
-            waited.append(self)
-
-        def elapsed_time(self, _: Any) -> float:
-            return 2.0
-
-    stream = SimpleNamespace(record_event=lambda event: event)
-    ranges = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: nullcontext(ranges.append(name)))
-    monkeypatch.setattr(TimedPlan, "_find_gpus", lambda _: [0])
+    gpu = Gpu(monkeypatch)
     opt = flatstep.AdamW(params_of())
     with flatstep.profile(opt, limit=LIMIT) as prof:
         train(opt, [0, 1])
-    assert ranges == ["flatstep::update"] * 2
-    assert not waited
+    assert gpu.ranges == ["flatstep::update"] * 2
+    assert gpu.waited == 0
     assert [row.kernel_s for row in prof.rows()] == [0.002, 0.002]
-    assert waited
+    assert gpu.waited == 2
+
+
+def test_what_a_gpu_skipped_is_known_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    opt = flatstep.AdamW(params_of())
+    found = torch.zeros(3, dtype=torch.float64)
+
+    def step(_: Any) -> None:
+        """A step as on a GPU: its norm and what follows from it stay there."""
+        plan: Any = opt._make_plan(opt.rule)
+        plan.plan = SimpleNamespace(norm_on_gpu=lambda *_: None)
+        plan._step = lambda *_: None
+        opt._clipped.there = SimpleNamespace(gpu=0, found=found)
+        plan.norm_on_gpu(0, False, 0, 0, 0, 0)
+        plan.step([], [], 1, {0: (0, 0, 0, [], 1, True)}, [])
+
+    with flatstep.profile(opt, limit=LIMIT) as prof:
+        for norm, inf in ((1.5, 0.0), (math.nan, 0.0), (2.5, 1.0)):
+            found[1], opt.found_inf = norm, torch.tensor(inf)
+            opt._watch.step(step, (opt,), {}, False)
+    del opt.found_inf
+    assert gpu.ranges == ["flatstep::norm", "flatstep::update"] * 3
+    assert gpu.waited == 0
+    rows = prof.rows()
+    assert [row.skipped for row in rows] == [False, True, True]
+    assert [row.grad_norm for row in rows] == pytest.approx([1.5, math.nan, 2.5], nan_ok=True)
+    assert [(row.norm_s, row.kernel_s) for row in rows] == [(0.002, 0.004)] * 3
+
+
+def test_a_step_in_a_graph_has_no_time_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(watch, "is_being_captured", lambda: True)
+    opt = flatstep.AdamW(params_of())
+    with flatstep.profile(opt, limit=LIMIT) as prof:
+        train(opt, [0])
+    assert len(prof.rows()) == 1
+    assert gpu.waited == 0
 
 
 # ---- where it shows
@@ -637,14 +684,14 @@ def advice_on(
 ) -> str:
     """The advice on steps that took these seconds."""
     prof = record(opt)
-    (watch,) = prof.watches.values()
-    record_of = next(watch.records())
+    (watched,) = prof.watches.values()
+    record_of = next(watched.records())
     times = record_of._replace(
         end=record_of.begin + wall,
         update_begin=record_of.begin,
         update_end=record_of.begin + kernel,
     )
-    monkeypatch.setattr(watch, "records", lambda first=0: iter([times] * 3))
+    monkeypatch.setattr(watched, "records", lambda first=0: iter([times] * 3))
     return prof.summary().splitlines()[-1]
 
 

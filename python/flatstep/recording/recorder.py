@@ -14,7 +14,7 @@ from flatstep.optim.base import Optimizer
 from flatstep.optim.routes import local_of
 from flatstep.recording.rows import Row
 from flatstep.recording.traffic import Traffic, measure_limit
-from flatstep.recording.watch import NONE, HookedWatch, Record, StepWatch, Watch
+from flatstep.recording.watch import NONE, HookedWatch, Record, StepWatch, Watch, seconds_between
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -229,23 +229,26 @@ class Recorder:
     def _row(self, name: str, watch: Watch, place: int, record: Record, limit: float | None) -> Row:
         assert self.began is not None
         kernel = norm = moved = rate = None
+        grad_norm = None if record.grad_norm == NONE else record.grad_norm
         skipped = False
         if isinstance(watch, StepWatch):
             skipped = record.update_begin == NONE
-            traffic = None if record.traffic == NONE else watch.traffics[int(record.traffic)]
-            moved = 0
-            kernel = 0.0
+            update = 0.0 if skipped else record.update_end - record.update_begin
             if record.norm_begin != NONE:
                 norm = record.norm_end - record.norm_begin
-                kernel += norm
-                moved += traffic.norm if traffic else 0
-            if not skipped:
-                kernel += record.update_end - record.update_begin
-                moved += traffic.update if traffic else 0
-            if place in watch.on_gpu:
-                on_gpu = watch.on_gpu[place]
-                kernel = on_gpu.seconds()
-                skipped = on_gpu.was_skipped()
+            on_gpu = watch.on_gpu.get(place)
+            if on_gpu is not None:
+                norm = None if norm is None else seconds_between(on_gpu.norm)
+                update = seconds_between(on_gpu.update)
+                skipped = skipped or on_gpu.was_skipped()
+                if on_gpu.grad_norm is not None:
+                    grad_norm = on_gpu.grad_norm.item()
+            traffic = None if record.traffic == NONE else watch.traffics[int(record.traffic)]
+            moved = 0
+            if traffic is not None:
+                moved += 0 if norm is None else traffic.norm
+                moved += 0 if skipped else traffic.update
+            kernel = update + (norm or 0.0)
             rate = moved / kernel / 1e9 if kernel and moved else None
         return Row(
             optimizer=name,
@@ -257,7 +260,7 @@ class Recorder:
             bytes_moved=moved,
             gb_per_s=rate,
             of_limit=rate / limit if rate and limit else None,
-            grad_norm=None if record.grad_norm == NONE else record.grad_norm,
+            grad_norm=grad_norm,
             skipped=skipped,
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -18,10 +19,12 @@ from torch.autograd.profiler import record_function
 
 from flatstep import _core
 from flatstep.optim.base import Optimizer
+from flatstep.optim.gpu import Inputs, is_being_captured
 from flatstep.optim.table import Table
 from flatstep.recording.traffic import Traffic, count
 
 NORM, UPDATE = "flatstep::norm", "flatstep::update"
+INPUTS = 3  # the place of what GPUs read among an update's arguments
 AT_ONCE = 1024  # steps are put away
 NONE = -1.0  # in place of a time, a norm or a number that there is not
 
@@ -50,27 +53,40 @@ class Record(NamedTuple):
     traffic: float
 
 
-class OnGpu(NamedTuple):
+Events = list[tuple[torch.cuda.Event, torch.cuda.Event]]  # before and after, on each GPU
+
+
+@dataclass
+class OnGpu:
     """What is known of a step only once the GPU has made it.
 
     Attributes:
-        events: Before and after each call, on each GPU.
+        norm: Around the norm's kernels.
+        update: Around the update's.
         found_inf: Whether the update was left out, as GradScaler says.
+        grad_norm: The gradients' norm, where the host does not know it.
+        skips: Whether the update was left out where this is not finite.
     """
 
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]]
-    found_inf: torch.Tensor | None
-
-    def seconds(self) -> float:
-        """The GPUs' seconds, added up; waits for them."""
-        for _, after in self.events:
-            after.synchronize()
-        milliseconds: float = sum(before.elapsed_time(after) for before, after in self.events)
-        return milliseconds / 1e3
+    norm: Events = field(default_factory=list)
+    update: Events = field(default_factory=list)
+    found_inf: torch.Tensor | None = None
+    grad_norm: torch.Tensor | None = None
+    skips: bool = False
 
     def was_skipped(self) -> bool:
         """Whether the update was left out; waits for the GPU."""
-        return self.found_inf is not None and bool(self.found_inf)
+        if self.found_inf is not None and bool(self.found_inf):
+            return True
+        return self.skips and self.grad_norm is not None and not self.grad_norm.isfinite()
+
+
+def seconds_between(events: Events) -> float:
+    """The GPUs' seconds, added up; waits for them."""
+    for _, after in events:
+        after.synchronize()
+    milliseconds: float = sum(before.elapsed_time(after) for before, after in events)
+    return milliseconds / 1e3
 
 
 class Watch(ABC):
@@ -204,10 +220,25 @@ class StepWatch(Watch):
             self._put_away()
         return loss
 
-    def note_on_gpu(self, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
-        """Keeps the events of a call of this step, and what else only the GPU knows."""
-        before = self._on_gpu.events if self._on_gpu is not None else []
-        self._on_gpu = OnGpu([*before, *events], getattr(self.optimizer, "found_inf", None))
+    def note_on_gpu(self, name: str, events: Events, inputs: Mapping[int, Inputs]) -> None:
+        """Keeps the events of a call of this step, and what else only the GPU knows.
+
+        Args:
+            name: :data:`NORM` or :data:`UPDATE`.
+            events: Around the call.
+            inputs: What an update reads on each GPU.
+        """
+        now = self._on_gpu = self._on_gpu or OnGpu()
+        if name == NORM:
+            now.norm += events
+            return
+        now.update += events
+        now.found_inf = getattr(self.optimizer, "found_inf", None)
+        there = self.optimizer._clipped.there
+        if there is not None and there.gpu in inputs:
+            *_, norm, now.skips = inputs[there.gpu]
+            if norm:
+                now.grad_norm = there.found[1].clone()  # the next step writes over it
 
     def _count(self, table: Table | None) -> None:
         """Finds the traffic of a step, where it may be another than the last one's."""
@@ -297,6 +328,13 @@ class TimedPlan:
         call(hyper, scales, threads, inputs, numbers)
         watch.update_end = perf_counter()
 
+    def norm_on_gpu(self, *args: Any) -> None:
+        """The norm of ``_core.Plan`` on a GPU."""
+        watch = self._watch
+        watch.norm_begin = perf_counter()
+        self._visibly(NORM, self.plan.norm_on_gpu, *args)
+        watch.norm_end = perf_counter()
+
     def _find_gpus(self) -> list[int]:
         return [device for device in self.plan.devices() if device >= 0]
 
@@ -305,12 +343,16 @@ class TimedPlan:
         if not self._gpus:
             with record_function(name) if _profiler_enabled() else nullcontext():
                 return call(*args)
-        streams = [torch.cuda.current_stream(gpu) for gpu in self._gpus]
+        # Events in a graph have no time, and its replays are no steps.
+        captured = is_being_captured()
+        streams = [] if captured else [torch.cuda.current_stream(gpu) for gpu in self._gpus]
         with record_function(name), torch.cuda.nvtx.range(name):
             before = [stream.record_event(_event()) for stream in streams]
             found = call(*args)
             after = [stream.record_event(_event()) for stream in streams]
-        self._watch.note_on_gpu(list(zip(before, after, strict=True)))
+        if not captured:
+            inputs = args[INPUTS] if name == UPDATE else {}
+            self._watch.note_on_gpu(name, list(zip(before, after, strict=True)), inputs)
         return found
 
 
