@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -148,7 +147,7 @@ def test_a_skipped_step_is_told_from_others() -> None:
     assert [row.skipped for row in rows] == [True, False, True, False]
     assert [row.grad_norm for row in rows if row.skipped] == [math.inf, math.inf]
     assert rows[2].bytes_moved == 4 * 97
-    assert "4 steps of 2 tensors, 97 parameters, 3.1 kB a step; 2 skipped" in prof.summary()
+    assert "4 steps of 2 tensors, 97 parameters, 3.1 kB a step; 2 skipped" in said(prof)
 
 
 def test_a_step_that_grad_scaler_stops_is_skipped() -> None:
@@ -353,7 +352,7 @@ def test_an_optimizer_of_torchs_has_its_wall_time() -> None:
     for row in rows:
         assert row.wall_s > 0
         assert (row.kernel_s, row.bytes_moved, row.gb_per_s, row.of_limit) == (None,) * 4
-    assert "Only the time of step() is known" in prof.summary()
+    assert "Only the time of step() is known" in said(prof)
 
 
 def test_a_wrapped_optimizer_is_found() -> None:
@@ -613,17 +612,6 @@ def test_a_log_hears_of_each_step_once() -> None:
     assert last["wall_ms"] == pytest.approx(prof.rows()[-1].wall_s * 1e3)
 
 
-def test_importing_flatstep_imports_no_trainer() -> None:
-    code = (
-        "import sys, torch; before = set(sys.modules); import flatstep; "
-        "found = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-        "print(found & {'transformers', 'accelerate', 'lightning', 'tensorboard'}, "
-        "'flatstep.profiling' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set() False"
-
-
 # ---- the limit and the summary
 
 
@@ -655,18 +643,20 @@ def test_the_limits_arrays_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prof.limit("AdamW") > 0
 
 
-def summary_of(opt: torch.optim.Optimizer, steps: int = 4) -> str:
-    return record(opt, steps).summary()
+def said(prof: Recorder) -> str:
+    """The summary, however its lines are broken."""
+    return " ".join(prof.summary().split())
 
 
 def test_a_summary_has_medians_and_the_first_step() -> None:
-    lines = summary_of(flatstep.AdamW(params_of(), max_grad_norm=1.0)).splitlines()
+    lines = record(flatstep.AdamW(params_of(), max_grad_norm=1.0), 4).summary().splitlines()
     assert lines[0] == "AdamW: 4 steps of 2 tensors, 97 parameters, 3.1 kB a step"
     assert lines[1].split() == ["median", "25", "%", "75", "%", "least", "most", "first"]
     names = ["step()", "kernels", "norm", "GB/s", "of limit", "grad norm"]
     assert [line[1:11].strip() for line in lines[2:8]] == names
     assert lines[8] == " limit: 50.0 GB/s"
-    assert len(lines) == 10
+    assert len(lines) > 9
+    assert max(map(len, lines)) < 80
 
 
 def test_a_summary_of_nothing_says_what_is_missing() -> None:
@@ -692,7 +682,7 @@ def advice_on(
         update_end=record_of.begin + kernel,
     )
     monkeypatch.setattr(watched, "records", lambda first=0: iter([times] * 3))
-    return prof.summary().splitlines()[-1]
+    return said(prof).partition("limit: 50.0 GB/s ")[2]
 
 
 def test_the_advice_fits_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -700,30 +690,30 @@ def test_the_advice_fits_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "try flatstep.flatten_(model)" in advice_on(monkeypatch, many, wall=1e-3, kernel=1e-4)
     flat = params_of([4] * 40)
     buffer = flatstep.FlatBuffer(flat)
-    said = advice_on(monkeypatch, flatstep.AdamW(flat), wall=2e-3, kernel=1e-3)
-    assert "1.00 ms of 2.00 ms pass outside the kernels, in Python" in said
+    advice = advice_on(monkeypatch, flatstep.AdamW(flat), wall=2e-3, kernel=1e-3)
+    assert "1.00 ms of 2.00 ms pass outside the kernels, in Python" in advice
     del buffer
     few = flatstep.AdamW(params_of())
     assert "in Python and hooks" in advice_on(monkeypatch, few, wall=1e-3, kernel=1e-4)
     assert "The update is small" in advice_on(monkeypatch, few, wall=1e-3, kernel=9e-4)
     moved = 28 * 97 / 1e9
-    said = advice_on(monkeypatch, few, wall=moved / 60, kernel=moved / 60)
-    assert said.startswith("The steps were faster than the limit")
+    advice = advice_on(monkeypatch, few, wall=moved / 60, kernel=moved / 60)
+    assert advice.startswith("The steps were faster than the limit")
     monkeypatch.setattr(summary, "LARGE", 0)
-    said = advice_on(monkeypatch, few, wall=moved / 49, kernel=moved / 49)
-    assert said.startswith("The update runs near this machine's limit")
+    advice = advice_on(monkeypatch, few, wall=moved / 49, kernel=moved / 49)
+    assert advice.startswith("The update runs near this machine's limit")
     cores = torch.get_num_threads()
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    said = advice_on(monkeypatch, few, wall=moved / 10, kernel=moved / 10)
-    assert "compare with `flatstep profile`" in said
+    advice = advice_on(monkeypatch, few, wall=moved / 10, kernel=moved / 10)
+    assert "compare with `flatstep profile`" in advice
     monkeypatch.setattr("os.cpu_count", lambda: 4 * cores)
-    said = advice_on(monkeypatch, few, wall=moved / 10, kernel=moved / 10)
-    assert "torch.set_num_threads()" in said
+    advice = advice_on(monkeypatch, few, wall=moved / 10, kernel=moved / 10)
+    assert "torch.set_num_threads()" in advice
 
 
 def test_the_advice_names_what_goes_another_way() -> None:
     params = [*params_of(), Parameter(torch.zeros(8, 8).t()[::2])]
-    assert "1 parameter cannot go through the one call" in summary_of(flatstep.AdamW(params))
+    assert "1 parameter cannot go through the one call" in said(record(flatstep.AdamW(params)))
 
 
 def test_the_advice_names_gradients_that_are_not_finite() -> None:
@@ -734,4 +724,4 @@ def test_the_advice_names_gradients_that_are_not_finite() -> None:
             give_gradients(params, 0)
             params[0].grad[0] = math.nan
             opt.step()
-    assert "2 of 2 steps met gradients that are not finite" in prof.summary()
+    assert "2 of 2 steps met gradients that are not finite" in said(prof)

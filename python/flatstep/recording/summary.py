@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from statistics import median
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from flatstep.recording.recorder import Recorder
 
 COLUMNS = ("", "median", "25 %", "75 %", "least", "most", "first")
+WIDTH = 79
 MANY = 32  # tensors, from which looking each of them up takes longer than Python's fixed part
 LARGE = 64 << 20  # bytes: what is less may lie in caches between two steps
 MUCH = 0.25  # of a step's time
@@ -48,7 +50,7 @@ def summary(recorder: Recorder) -> str:
             limit = recorder.limit(name)
             if limit is not None:
                 lines.append(f" limit: {significant(limit)} GB/s")
-        parts.append("\n".join([*lines, advice(recorder, name, rows)]))
+        parts.append("\n".join([*lines, fill(advice(recorder, name, rows), WIDTH)]))
     return "\n\n".join(parts)
 
 
