@@ -41,7 +41,8 @@ def test_the_import_leaves_the_tools_alone() -> None:
     # torch may import some of these itself: only what flatstep adds counts.
     code = (
         "import sys, torch; before = set(sys.modules); import flatstep; "
-        "print({'rich', 'typer', 'matplotlib'} & (set(sys.modules) - before))"
+        "print({'rich', 'typer', 'matplotlib', 'transformers', 'lightning', 'tensorboard', "
+        "'flatstep.profiling'} & (set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

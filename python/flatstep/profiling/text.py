@@ -55,8 +55,8 @@ def machine_line(report: Report) -> str:
 def case_title(case: Case) -> tuple[str, str]:
     """What a case is, and how large."""
     size = (
-        f"{_count(case.tensors, 'tensor')}, {millions(case.parameters)} parameters, "
-        f"{_bytes(case.bytes_moved)} a step"
+        f"{counted(case.tensors, 'tensor')}, {millions(case.parameters)} parameters, "
+        f"{size_text(case.bytes_moved)} a step"
     )
     return f"{case.title} × {case.optimizer}, {case.dtype}", size
 
@@ -143,7 +143,7 @@ def _ms_or_problem(result: Result | None) -> str:
 
 def plain_passes(passes: Sequence[Pass]) -> str:
     """The passes' title and table, for a terminal of which nothing is known."""
-    lines = ["   ".join(pass_title(passes)), *_plain_table(PASS_COLUMNS, pass_rows(passes))]
+    lines = ["   ".join(pass_title(passes)), *plain_table(PASS_COLUMNS, pass_rows(passes))]
     return "\n".join([*lines, *pass_refusals(passes), ""])
 
 
@@ -157,10 +157,11 @@ def plain_case(case: Case) -> str:
     lines = ["   ".join(case_title(case))]
     if case.refused is not None:
         return "\n".join([*lines, f"  refused: {case.refused}", ""])
-    return "\n".join([*lines, *_plain_table(*case_rows(case)), ""])
+    return "\n".join([*lines, *plain_table(*case_rows(case)), ""])
 
 
-def _plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
+def plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The lines of a table: words to the left, figures to the right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = []
     for row in [columns, *rows]:
@@ -271,11 +272,13 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-def _count(count: int, thing: str) -> str:
+def counted(count: int, thing: str) -> str:
+    """A count, and what is counted."""
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def _bytes(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes, with the unit."""
     for unit, size in [("GB", 1e9), ("MB", 1e6), ("kB", 1e3)]:
         if count >= size:
             return f"{count / size:.3g} {unit}"
