@@ -6,7 +6,19 @@
 """
 
 from flatstep.profiling.passes import PassTask, plan_passes
-from flatstep.profiling.results import Case, Limit, Pass, Report, Result, Training, TrainingResult
+from flatstep.profiling.results import (
+    Bucket,
+    Case,
+    Limit,
+    Overhead,
+    Pass,
+    Point,
+    Report,
+    Result,
+    Sweep,
+    Training,
+    TrainingResult,
+)
 from flatstep.profiling.run import Task, plan, run
 from flatstep.profiling.workloads import WORKLOADS, Workload
 from flatstep.profiling.works import WORKS, Work
@@ -14,12 +26,16 @@ from flatstep.profiling.works import WORKS, Work
 __all__ = [
     "WORKLOADS",
     "WORKS",
+    "Bucket",
     "Case",
     "Limit",
+    "Overhead",
     "Pass",
     "PassTask",
+    "Point",
     "Report",
     "Result",
+    "Sweep",
     "Task",
     "Training",
     "TrainingResult",
