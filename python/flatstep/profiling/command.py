@@ -125,7 +125,7 @@ def profile(
     if load is not None:
         if workload or optimizer or dtype or model or passes:
             raise typer.BadParameter("--load measures nothing: choose nothing to be measured")
-        report = _kept(load)
+        report = kept(load)
         for case in report.cases:
             console.print(case_table(case))
         if report.passes:
@@ -174,7 +174,7 @@ def profile(
     _finish(console, report, json_file, plot)
 
 
-def _kept(path: Path) -> Report:
+def kept(path: Path) -> Report:
     """The report that was written to a file."""
     try:
         return Report.from_dict(json.loads(path.read_text()))
