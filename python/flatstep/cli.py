@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-TOOLS = ("typer", "rich", "matplotlib")  # what the extra `tools` brings
+TOOLS = ("typer", "rich", "matplotlib", "plotly", "jinja2")  # what the extra `tools` brings
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from flatstep._torch import DTYPES
 from flatstep.profiling.device import DEVICES
 from flatstep.profiling.implementations import OPTIMIZERS
+from flatstep.profiling.page import render
 from flatstep.profiling.passes import ALL, WORKLOAD_BY_DEFAULT, plan_passes
 from flatstep.profiling.plot import FORMATS, draw
 from flatstep.profiling.report import case_table, pass_table, print_end, training_table
@@ -101,6 +102,14 @@ def profile(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the bars here, such as bars.png.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page of charts and tables here, such as report.html; it needs no other "
+            "file and no network.",
+        ),
+    ] = None,
     load: Annotated[
         Path | None,
         typer.Option(
@@ -114,7 +123,7 @@ def profile(
     Each implementation's result is checked before it is timed. Exit codes: 1 where flatstep's was
     wrong, 2 where nothing could be measured.
     """
-    for path in (json_file, plot):
+    for path in (json_file, plot, html):
         if path is not None and not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no directory {path.parent}")
     if plot is not None and plot.suffix not in FORMATS:
@@ -132,7 +141,7 @@ def profile(
             console.print(pass_table(report.passes))
         if report.training is not None:
             console.print(training_table(report.training))
-        _finish(console, report, json_file, plot)
+        _finish(console, report, json_file, plot, html)
     if passes and no_passes:
         raise typer.BadParameter("--pass and --no-passes exclude each other: drop one")
     updates = bool(optimizer or dtype or model)
@@ -171,7 +180,7 @@ def profile(
             on_training=lambda training: console.print(training_table(training)),
             on_progress=lambda done, label: progress.update(bar, completed=done, description=label),
         )
-    _finish(console, report, json_file, plot)
+    _finish(console, report, json_file, plot, html)
 
 
 def kept(path: Path) -> Report:
@@ -183,7 +192,11 @@ def kept(path: Path) -> Report:
 
 
 def _finish(
-    console: Console, report: Report, json_file: Path | None, plot: Path | None
+    console: Console,
+    report: Report,
+    json_file: Path | None,
+    plot: Path | None,
+    html: Path | None,
 ) -> NoReturn:
     """Says how it ended, keeps and draws it, and leaves."""
     print_end(console, report)
@@ -191,4 +204,6 @@ def _finish(
         json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     if plot is not None and report.measured:
         draw(report, plot)
+    if html is not None:
+        html.write_text(render(report), encoding="utf-8")
     raise typer.Exit(report.exit_code)

@@ -56,7 +56,7 @@ def case_title(case: Case) -> tuple[str, str]:
     """What a case is, and how large."""
     size = (
         f"{_count(case.tensors, 'tensor')}, {millions(case.parameters)} parameters, "
-        f"{_bytes(case.bytes_moved)} a step"
+        f"{format_bytes(case.bytes_moved)} a step"
     )
     return f"{case.title} × {case.optimizer}, {case.dtype}", size
 
@@ -275,7 +275,8 @@ def _count(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Bytes, with the unit."""
     for unit, size in [("GB", 1e9), ("MB", 1e6), ("kB", 1e3)]:
         if count >= size:
             return f"{count / size:.3g} {unit}"
