@@ -10,7 +10,9 @@ from pathlib import Path
 from flatstep.profiling.device import DEVICES
 from flatstep.profiling.passes import plan_passes
 from flatstep.profiling.run import SECONDS_BY_DEFAULT, plan, run
-from flatstep.profiling.text import left_out, machine_line, plain_case, plain_passes
+from flatstep.profiling.sweeps import plan_sweeps
+from flatstep.profiling.text import left_out, machine_line, plain_case, plain_passes, plain_sweep
+from flatstep.subjects import subject_of
 
 
 def main() -> int:
@@ -29,6 +31,9 @@ def main() -> int:
     parser.add_argument("--no-slow-paths", dest="slow_paths", action="store_false")
     parser.add_argument("--pass", dest="passes", action="append", metavar="NAME", help="repeatable")
     parser.add_argument("--no-passes", action="store_true")
+    parser.add_argument("--sweep", dest="sweeps", action="append", metavar="NAME")
+    parser.add_argument("--buckets", action="store_true", help="each size of tensor alone, too")
+    parser.add_argument("--against", action="append", default=[], metavar="PACKAGE.MODULE:CLASS")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     if options.json is not None and not options.json.absolute().parent.is_dir():
@@ -40,8 +45,13 @@ def main() -> int:
         tasks = plan(options.workload, options.optimizer, options.dtype, device=options.device)
         passes = plan_passes(names, options.workload) if names or by_default else []
         report = run(
-            [] if names and not updates else tasks,
+            [] if (names or options.sweeps) and not updates else tasks,
             passes=passes,
+            sweeps=plan_sweeps(
+                options.sweeps or [], options.optimizer, options.dtype, options.device
+            ),
+            buckets=options.buckets,
+            against=[subject_of(text) for text in options.against],
             device=options.device,
             rounds=options.rounds,
             seconds=options.seconds,
@@ -49,6 +59,7 @@ def main() -> int:
             whole_step=False,
             on_case=lambda case: print(plain_case(case), flush=True),
             on_passes=lambda measured: print(plain_passes(measured), flush=True),
+            on_sweep=lambda sweep, found: print(plain_sweep(sweep, found), flush=True),
         )
     except ValueError as error:
         parser.error(str(error))

@@ -21,7 +21,7 @@ from flatstep.profiling import memory
 from flatstep.profiling.case import fill_in, limit_name
 from flatstep.profiling.check import STEPS, Sample, close
 from flatstep.profiling.limit import Mix, Moved, Pages, Streams
-from flatstep.profiling.measure import Race, on_the_host
+from flatstep.profiling.measure import FAILURES, Race, failure, on_the_host
 from flatstep.profiling.results import Limit, Pass, Result
 from flatstep.profiling.workloads import Workload, workload_named
 from flatstep.profiling.works import (
@@ -90,13 +90,14 @@ class PassTask:
 
 
 def plan_passes(
-    names: Sequence[str] | None = None, workloads: Sequence[str] | None = None
+    names: Sequence[str] | None = None, workloads: Sequence[str | Workload] | None = None
 ) -> list[PassTask]:
     """The passes to measure, workload by workload.
 
     Args:
         names: Names in :data:`~flatstep.profiling.works.WORKS`; None, or "all" in it, for all.
-        workloads: Names in :data:`~flatstep.profiling.WORKLOADS`; None for ResNet-50's.
+        workloads: Names in :data:`~flatstep.profiling.WORKLOADS`, or workloads; None for
+            ResNet-50's.
 
     Raises:
         ValueError: An unknown name, with those that there are.
@@ -158,8 +159,8 @@ def measure(
         result.results.append(found)
         try:
             outcome = _run(way, work, stage)
-        except (RuntimeError, TypeError, ValueError) as error:
-            found.problem = f"failed: {error}"
+        except FAILURES as error:
+            found.problem = failure(error)
             continue
         if way.ours:
             found.problem = _problem(way, work, stage, outcome, wanted)
@@ -178,12 +179,14 @@ def measure(
     pages = {way.name: way.pages(streams) for way in right}
     limits: dict[Pages, str] = {}
     calls: dict[str, Callable[[], object]] = {}
+    parts = {part: call for way in right for part, call in way.parts.items()}
     for way in right:
         kind = pages[way.name]
         if way.ours and kind not in limits:
             limits[kind] = limit_name(kind)
             calls[limits[kind]] = streams.walks(way.walks(work), kind)
-    race = Race({**calls, **{way.name: way.call for way in right}}, on_the_host)
+    calls |= {way.name: way.call for way in right}
+    race = Race({**calls, **parts}, on_the_host)
     try:
         if right:
             race.run(
@@ -198,8 +201,10 @@ def measure(
                 rate = result.rate(timing)
                 result.limits.append(Limit(str(kind), streams.granted(kind), timing, rate))
         for found in result.results:
+            found.problem = race.failures.get(found.implementation, found.problem)
             if timing := timings.get(found.implementation):
                 fill_in(found, result, timing, pages[found.implementation])
+        result.parts += [Result(part, timing=timings[part]) for part in parts if part in timings]
         result.compare()
         for way in ways:
             if states := way.rule_states():

@@ -9,16 +9,22 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from flatstep.profiling.results import Case, Pass, Report, Training
+from flatstep.profiling.results import Case, Overhead, Pass, Report, Sweep, Training
+from flatstep.profiling.sweeps import LIMIT
 from flatstep.profiling.text import (
+    OVERHEAD_COLUMNS,
     PASS_COLUMNS,
     advice,
+    bucket_refusals,
+    bucket_rows,
     case_rows,
     case_title,
     left_out,
     machine_line,
     millions,
     ms,
+    overhead_rows,
+    overhead_title,
     pass_refusals,
     pass_rows,
     pass_title,
@@ -26,6 +32,9 @@ from flatstep.profiling.text import (
     ratio,
     short_problem,
     spread,
+    sweep_refusals,
+    sweep_rows,
+    sweep_title,
 )
 
 __all__ = [
@@ -34,6 +43,7 @@ __all__ = [
     "pass_table",
     "print_end",
     "summary_table",
+    "sweep_table",
     "training_table",
 ]
 
@@ -59,7 +69,41 @@ def case_table(case: Case) -> RenderableType:
             row[place] = f"[{PROBLEM}]{row[place]}"
         row[columns.index("÷ torch")] = _ratio(result.to_torch, result.ours)
         table.add_row(*row, style=OURS if result.ours else "")
-    return Group(title, table)
+    if not case.buckets:
+        return Group(title, table)
+    grid = _grid_table(*bucket_rows(case))
+    return Group(title, table, Text(), grid, *_problems(bucket_refusals(case)))
+
+
+def sweep_table(sweep: Sweep, found: Sequence[Overhead]) -> RenderableType:
+    """A sweep, and what a step and a tensor cost by it."""
+    what, size = sweep_title(sweep)
+    title = Text.assemble((what, "bold"), f"   {size}")
+    parts: list[RenderableType] = [
+        title,
+        _grid_table(*sweep_rows(sweep)),
+        *_problems(sweep_refusals(sweep)),
+    ]
+    if found:
+        what, size = overhead_title(found)
+        table = _table(*OVERHEAD_COLUMNS)
+        for row, overhead in zip(overhead_rows(found), found, strict=True):
+            table.add_row(*row, style=MACHINE if overhead.implementation == LIMIT else "")
+        parts += [Text(), Text.assemble((what, "bold"), f"   {size}"), table]
+    return Group(*parts)
+
+
+def _grid_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = _table(*columns)
+    for column, cells in zip(table.columns, zip(*rows, strict=True), strict=True):
+        column.min_width = max(map(len, cells))  # so that no time is apart from its unit
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _problems(lines: Sequence[str]) -> list[Text]:
+    return [Text(f"  {line}", style=PROBLEM) for line in lines]
 
 
 def pass_table(passes: Sequence[Pass]) -> RenderableType:
@@ -69,8 +113,7 @@ def pass_table(passes: Sequence[Pass]) -> RenderableType:
     table = _table(*PASS_COLUMNS)
     for row in pass_rows(passes):
         table.add_row(*row)
-    refusals = [Text(f"  {line}", style=PROBLEM) for line in pass_refusals(passes)]
-    return Group(title, table, *refusals)
+    return Group(title, table, *_problems(pass_refusals(passes)))
 
 
 def training_table(measured: Training) -> RenderableType:
@@ -80,14 +123,14 @@ def training_table(measured: Training) -> RenderableType:
         f"   {measured.model}, {millions(measured.parameters)} parameters, {measured.optimizer}, "
         "float32; ms",
     )
-    table = _table("", "backward", "step", "zero_grad", "together", "spread", "÷ torch")
+    table = _table("", "forward", "backward", "step", "zero_grad", "together", "spread", "÷ torch")
     for result in measured.results:
         style = OURS if result.ours else ""
         if result.total is None:
             problem = f"[{PROBLEM}]{short_problem(result.problem)}"
-            table.add_row(result.way, "", "", "", problem, "", "", style=style)
+            table.add_row(result.way, "", "", "", "", problem, "", "", style=style)
             continue
-        phases = [result.backward, result.step, result.zero_grad, result.total]
+        phases = [result.forward, result.backward, result.step, result.zero_grad, result.total]
         table.add_row(
             result.way,
             *(ms(timing.median if timing else None) for timing in phases),

@@ -351,6 +351,12 @@ class Report:
         """The sweeps that have at least one time."""
         return [sweep for sweep in self.sweeps if any(point.is_timed for point in sweep.points)]
 
+    def overheads_of(self, sweep: Sweep) -> list[Overhead]:
+        """What a step and a tensor cost by a sweep; only one of tensors tells."""
+        if sweep.axis != "tensors":
+            return []
+        return [overhead for overhead in self.overheads if overhead.optimizer == sweep.optimizer]
+
     def races(self) -> Iterator[tuple[str, Measured]]:
         """Everything that was raced, and what it is called."""
         for case in self.cases:

@@ -7,7 +7,18 @@ from itertools import compress
 
 from flatstep.profiling import training
 from flatstep.profiling.measure import Timing
-from flatstep.profiling.results import Case, Pass, Report, Result, Training
+from flatstep.profiling.memory import TELLABLE
+from flatstep.profiling.results import (
+    Bucket,
+    Case,
+    Measured,
+    Overhead,
+    Pass,
+    Report,
+    Result,
+    Sweep,
+    Training,
+)
 from flatstep.profiling.works import FLAT, TENSORS, TORCH
 
 COLUMNS = (
@@ -20,7 +31,7 @@ COLUMNS = (
     "of limit",
     "÷ torch",
     "first ms",
-    "peak GB",
+    "peak",
 )
 PASS_TITLE = "One pass, beside the torch calls that it replaces"
 # Bytes are those of each parameter; what is said twice is said of tensors, and of a flat buffer.
@@ -36,6 +47,8 @@ PASS_COLUMNS = (
     "of limit",
     "flat",
 )
+SMALLER = "give memory back, or choose a smaller --dtype"
+OVERHEAD_COLUMNS = ("", "µs a step", "ns a tensor", "off the line")
 WORTH_SAYING = 0.02  # of a time: less may be chance
 
 Row = list[str]
@@ -56,7 +69,7 @@ def case_title(case: Case) -> tuple[str, str]:
     """What a case is, and how large."""
     size = (
         f"{_count(case.tensors, 'tensor')}, {millions(case.parameters)} parameters, "
-        f"{format_bytes(case.bytes_moved)} a step"
+        f"{format_bytes(case.bytes_moved)} a step, {case.bytes_per_parameter:.3g} bytes a parameter"
     )
     return f"{case.title} × {case.optimizer}, {case.dtype}", size
 
@@ -72,17 +85,17 @@ def case_rows(case: Case) -> tuple[Row, list[Row]]:
         )
     rows += [_result_row(case, result) for result in case.results]
     kept = [
-        column not in ("pages", "peak GB") or any(row[place] for row in rows)
+        column not in ("pages", "peak") or any(row[place] for row in rows)
         for place, column in enumerate(COLUMNS)
     ]
     return list(compress(COLUMNS, kept)), [list(compress(row, kept)) for row in rows]
 
 
 def _result_row(case: Case, result: Result) -> Row:
-    peak = "" if result.most_bytes is None else significant(result.most_bytes / 1e9)
+    most = "" if result.most_bytes is None else peak(result.most_bytes)
     name, first = result.implementation, ms(result.first_step)
     if result.timing is None or result.gb_per_s is None:
-        return [name, "", short_problem(result.problem), "", "", "", "", "", first, peak]
+        return [name, "", short_problem(result.problem), "", "", "", "", "", first, most]
     return [
         name,
         result.pages or "",
@@ -90,7 +103,7 @@ def _result_row(case: Case, result: Result) -> Row:
         percent(result.of_limit),
         ratio(result.to_torch),
         first,
-        peak,
+        most,
     ]
 
 
@@ -117,11 +130,111 @@ def pass_rows(passes: Sequence[Pass]) -> list[Row]:
         row.append("" if rate is None else significant(rate))
         rows.append([*row, *(percent(r.of_limit if r else None) for r in ours)])
         rows += [
+            [f"  {part.implementation} alone", "", "", "", _ms_or_problem(part), *[""] * 5]
+            for part in measured.parts
+        ]
+        rows += [
             [f"  ÷ {other.implementation}", "", *_beside(ours, other)]
             for other in measured.results
             if other.ours and other.implementation not in (TENSORS, FLAT)
         ]
     return rows
+
+
+def bucket_rows(case: Case) -> tuple[Row, list[Row]]:
+    """The columns, and the cells of each size class of a case."""
+    columns, rows = _grid("tensors of", case.buckets, [bucket_name(b) for b in case.buckets])
+    counts = [f"{bucket.tensors:,}" for bucket in case.buckets]
+    shares = [percent(bucket.parameters / case.parameters) for bucket in case.buckets]
+    added = zip(rows, counts, shares, strict=True)
+    return (
+        [columns[0], "tensors", "of all", *columns[1:]],
+        [[row[0], count, share, *row[1:]] for row, count, share in added],
+    )
+
+
+def bucket_name(bucket: Bucket) -> str:
+    """The sizes of a class's tensors."""
+    if bucket.smallest == bucket.largest:
+        return f"{bucket.smallest:,}"
+    return f"{bucket.smallest:,} to {bucket.largest:,}"
+
+
+def sweep_title(sweep: Sweep) -> tuple[str, str]:
+    """What a sweep is, and of what."""
+    return sweep.title, f"{sweep.optimizer}, {sweep.dtype}"
+
+
+def sweep_rows(sweep: Sweep) -> tuple[Row, list[Row]]:
+    """The columns, and the cells of each point."""
+    return _grid(sweep.axis, sweep.points, [f"{point.x:,}" for point in sweep.points])
+
+
+def _grid(axis: str, races: Sequence[Measured], names: Sequence[str]) -> tuple[Row, list[Row]]:
+    """A row for each race, and a column for the time of each implementation."""
+    found = [result.implementation for race in races for result in race.results]
+    ours = [name for name in (TENSORS, FLAT) if name in found]
+    implementations = [*ours, *(name for name in dict.fromkeys(found) if name not in ours)]
+    columns = [axis, "limit", *implementations, "÷ torch", "flat", "of limit", "flat"]
+    rows = []
+    for race, name in zip(races, names, strict=True):
+        if race.refused is not None:
+            rows.append([name, "refused", *[""] * (len(columns) - 2)])
+            continue
+        limit = race.best_limit()
+        results = [race.result(implementation) for implementation in (TENSORS, FLAT)]
+        rows.append(
+            [
+                name,
+                format_time(limit.timing.median) if limit else "",
+                *(_time_or_problem(race.result(each)) for each in implementations),
+                *(ratio(result.to_torch if result else None) for result in results),
+                *(percent(result.of_limit if result else None) for result in results),
+            ]
+        )
+    return columns, rows
+
+
+def _time_or_problem(result: Result | None) -> str:
+    if result is None or result.timing is None:
+        return short_problem(result.problem) if result else ""
+    return format_time(result.timing.median)
+
+
+def sweep_refusals(sweep: Sweep) -> list[str]:
+    """Why points were not measured, and what to do."""
+    return [
+        f"{point.x:,} {sweep.axis}: refused: {point.refused}; {SMALLER}"
+        for point in sweep.points
+        if point.refused is not None
+    ]
+
+
+def bucket_refusals(case: Case) -> list[str]:
+    """Why size classes were not measured, and what to do."""
+    return [
+        f"tensors of {bucket_name(bucket)}: refused: {bucket.refused}; {SMALLER}"
+        for bucket in case.buckets
+        if bucket.refused is not None
+    ]
+
+
+def overhead_title(found: Sequence[Overhead]) -> tuple[str, str]:
+    """What the overheads are, and of what."""
+    return "What a step and a tensor cost", f"{found[0].optimizer}, a line through these times"
+
+
+def overhead_rows(found: Sequence[Overhead]) -> list[Row]:
+    """The cells of each implementation."""
+    return [
+        [
+            each.implementation,
+            significant(each.per_step * 1e6),
+            significant(each.per_tensor * 1e9),
+            f"±{each.spread:.0%}",
+        ]
+        for each in found
+    ]
 
 
 def _beside(ours: Sequence[Result | None], other: Result) -> Row:
@@ -157,7 +270,20 @@ def plain_case(case: Case) -> str:
     lines = ["   ".join(case_title(case))]
     if case.refused is not None:
         return "\n".join([*lines, f"  refused: {case.refused}", ""])
-    return "\n".join([*lines, *_plain_table(*case_rows(case)), ""])
+    lines += _plain_table(*case_rows(case))
+    if case.buckets:
+        lines += ["", *_plain_table(*bucket_rows(case)), *bucket_refusals(case)]
+    return "\n".join([*lines, ""])
+
+
+def plain_sweep(sweep: Sweep, found: Sequence[Overhead]) -> str:
+    """A sweep's title and table, and what a step and a tensor cost by it."""
+    lines = ["   ".join(sweep_title(sweep)), *_plain_table(*sweep_rows(sweep))]
+    lines += [*sweep_refusals(sweep), ""]
+    if found:
+        lines += ["   ".join(overhead_title(found))]
+        lines += [*_plain_table(OVERHEAD_COLUMNS, overhead_rows(found)), ""]
+    return "\n".join(lines)
 
 
 def _plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
@@ -165,8 +291,8 @@ def _plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in [columns, *rows]:
         cells = [
-            cell.ljust(width) if name in ("", "pages") else cell.rjust(width)
-            for name, cell, width in zip(columns, row, widths, strict=True)
+            cell.ljust(width) if place == 0 or name == "pages" else cell.rjust(width)
+            for place, (name, cell, width) in enumerate(zip(columns, row, widths, strict=True))
         ]
         lines.append(f" {'  '.join(cells)}".rstrip())
     return lines
@@ -269,6 +395,11 @@ def percent(share: float | None) -> str:
 def millions(count: int) -> str:
     """A count, in millions where it has some."""
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def peak(count: int) -> str:
+    """Bytes that are not told below a certain count."""
+    return f"<{format_bytes(TELLABLE)}" if count < TELLABLE else format_bytes(count)
 
 
 def _count(count: int, thing: str) -> str:

@@ -44,6 +44,7 @@ class Work:
         wide: What torch needs in float32 for its fused update: nothing, a copy of the gradients,
             master weights, or a copy of the parameters at each step.
         beside: Other options of flatstep's, to be raced too, and their name.
+        in_parts: Whether each of torch's calls is measured alone, too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Work:
     only_norm: bool = False
     wide: Literal["nothing", "gradients", "masters", "copies"] = "nothing"
     beside: tuple[str, dict[str, Any]] | None = None
+    in_parts: bool = False
 
     @property
     def norm_type(self) -> float:
@@ -104,12 +106,19 @@ WORKS: dict[str, Work] = {
             clips=True,
             only_norm=True,
         ),
+        Work("step", "AdamW alone, f32", "AdamW(fused)"),
         Work("clip", "clip + AdamW, f32", "clip_grad_norm_, AdamW(fused)", clips=True),
         Work(
             "skip",
             "AdamW if the norm is finite, f32",
             "get_total_norm, isfinite, AdamW(fused)",
             {"skip_nonfinite": True},
+        ),
+        Work(
+            "ema",
+            "AdamW + average, f32",
+            "AdamW(fused), swa_utils' EMA",
+            {"ema_decay": EMA_DECAY},
         ),
         Work(
             "clip-ema",
@@ -137,6 +146,15 @@ WORKS: dict[str, Work] = {
             "GradScaler.step of AdamW(fused)",
             {"write_unscaled_grads": True},
             scales=True,
+        ),
+        Work(
+            "whole",
+            "GradScaler: clip + AdamW + average, f32",
+            "unscale_, clip_grad_norm_, GradScaler.step of AdamW(fused), swa_utils' EMA",
+            {"ema_decay": EMA_DECAY},
+            clips=True,
+            scales=True,
+            in_parts=True,
         ),
         Work(
             "bf16-grads",
@@ -266,6 +284,7 @@ class Contender:
         averages: torch's averages.
         temporaries: Other memory of torch's.
         scaler: What makes the step, if not the optimizer.
+        parts: Calls that are measured alone, too.
     """
 
     name: str
@@ -277,6 +296,7 @@ class Contender:
     averages: list[Tensor] = field(default_factory=list)
     temporaries: list[Tensor] = field(default_factory=list)
     scaler: torch.amp.GradScaler | None = None
+    parts: dict[str, Callable[[], object]] = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -399,6 +419,7 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
         param.grad = grad
     optimizer = torch.optim.AdamW(updated, fused=True)
     step: Callable[[], object] = optimizer.step
+    parts: dict[str, Callable[[], object]] = {}
     scaler = None
     if work.scales:
         scaler = _scaler(torch.amp.GradScaler)
@@ -406,15 +427,20 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
         after.append(scaler.update)
         if work.clips:
             before.append(partial(scaler.unscale_, optimizer))
+            # Without an update of the scale it refuses the next one.
+            parts["unscale_"] = _all(before[-1], scaler.update)
     if work.clips:
         clip = torch.nn.utils.clip_grad_norm_
         before.append(partial(clip, updated, max_norm(work, arrays), work.norm_type))
+        parts["clip_grad_norm_"] = before[-1]
+    parts["AdamW(fused)"] = optimizer.step
     if work.skips:
         step = partial(_step_if_finite, optimizer, own_grads)
     averages = [weight.clone() for weight in weights] if work.averages else []
     if work.averages:
         average: Any = get_ema_multi_avg_fn(EMA_DECAY)
         after.append(partial(average, averages, weights, None))
+        parts["swa_utils' EMA"] = after[-1]
     if work.by_chance:
         after.append(partial(_round_by_chance, params, weights))
     elif weights is not params:
@@ -429,6 +455,7 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
         averages=averages,
         temporaries=[] if own_grads is grads else own_grads,
         scaler=scaler,
+        parts=parts if work.in_parts else {},
     )
 
 
