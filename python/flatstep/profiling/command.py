@@ -69,8 +69,9 @@ def profile(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="PACKAGE.MODULE:CALLABLE",
-            help="Measure the parameters of the model that this callable returns.",
+            metavar="MODULE:CALLABLE",
+            help="Measure the parameters of the model that this callable returns; "
+            "package.module:callable.",
         ),
     ] = None,
     config: Annotated[
@@ -84,10 +85,10 @@ def profile(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PACKAGE.MODULE:CLASS[,NAME=VALUE...]",
-            help="Race this optimizer too, wherever its rule is measured, such as "
-            "torch.optim:AdamW,foreach=True; repeatable. adam= before it says its rule, where its "
-            "name does not.",
+            metavar="MODULE:CLASS",
+            help="Race this optimizer too, wherever its rule is measured; options after commas, "
+            "and before it the rule that its name does not say, as in "
+            "adam=mine:Fast,lr=1e-3; repeatable.",
         ),
     ] = None,
     sweep: Annotated[
