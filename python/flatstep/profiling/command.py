@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from flatstep._torch import DTYPES
 from flatstep.profiling.device import DEVICES
 from flatstep.profiling.implementations import OPTIMIZERS
+from flatstep.profiling.page import render
 from flatstep.profiling.passes import ALL, WORKLOAD_BY_DEFAULT, PassTask, plan_passes
 from flatstep.profiling.plot import FORMATS, draw
 from flatstep.profiling.report import (
@@ -157,6 +158,14 @@ def profile(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the bars here, such as bars.png.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page of charts and tables here, such as report.html; it needs no other "
+            "file and no network. Measures all sweeps too, where nothing is chosen.",
+        ),
+    ] = None,
     load: Annotated[
         Path | None,
         typer.Option(
@@ -174,11 +183,11 @@ def profile(
     if not console.is_terminal:
         console = Console(width=110)
     with _bad_parameters():
-        outputs = Outputs(json_file, plot)
+        outputs = Outputs(json_file, plot, html)
         if load is not None:
             if workload or optimizer or dtype or model or config or against or sweep or passes:
                 raise ValueError("--load measures nothing: choose nothing to be measured")
-            report = _kept(load)
+            report = kept(load)
         else:
             choices = choose(
                 workloads=_workloads(workload, model, config),
@@ -188,6 +197,7 @@ def profile(
                 passes=passes,
                 no_passes=no_passes,
                 sweeps=sweep,
+                sweeps_by_default=html is not None,
                 device=device,
                 threads=threads,
                 whole_step=whole_step,
@@ -223,11 +233,15 @@ def choose(
     passes: list[str] | None,
     no_passes: bool,
     sweeps: list[str] | None,
+    sweeps_by_default: bool,
     device: str,
     threads: int | None,
     whole_step: bool | None,
 ) -> Choices:
     """What the options ask for: the updates, the passes, the sweeps and the whole step.
+
+    Where neither workloads, optimizers and dtype nor passes and sweeps are chosen, everything that
+    the device has is measured; but sweeps only with ``sweeps_by_default``.
 
     Raises:
         ValueError: An unknown name, with those that there are, or options that exclude each other.
@@ -241,27 +255,30 @@ def choose(
                 f"{subject.path} follows {subject.rule}, which is not measured: "
                 f"choose --optimizer {subject.rule} too"
             )
-    chosen = bool(workloads or optimizers or dtype)
-    brought = any(isinstance(workload, Workload) for workload in workloads or [])
+    everything = not (workloads or optimizers or dtype or passes or sweeps)
+    if everything and device == "cpu" and not no_passes:
+        passes = [ALL]
+    if everything and sweeps_by_default:
+        sweeps = [ALL]
+    if whole_step is None:
+        whole_step = everything and device == "cpu"
     updates = (
-        not (passes or sweeps)
-        or brought
+        everything
+        or not (passes or sweeps)
+        or any(isinstance(workload, Workload) for workload in workloads or [])
         or bool(passes and (optimizers or dtype))
         or bool(sweeps and workloads)
     )
-    passes_by_default = device == "cpu" and not (chosen or no_passes or sweeps)
     choices = Choices(
         tasks=plan(workloads, optimizers, dtype, device) if updates else [],
-        passes=plan_passes(passes, workloads) if passes or passes_by_default else [],
+        passes=plan_passes(passes, workloads) if passes else [],
         sweeps=plan_sweeps(sweeps or [], optimizers, dtype, device),
         against=against,
         device=device,
         threads=threads,
-        whole_step=not (chosen or passes or sweeps or device != "cpu")
-        if whole_step is None
-        else whole_step,
+        whole_step=whole_step,
     )
-    device_for(device, threads, choices.whole_step, choices.passes)
+    device_for(device, threads, whole_step, choices.passes)
     return choices
 
 
@@ -271,9 +288,10 @@ class Outputs:
 
     json_file: Path | None
     plot: Path | None
+    html: Path | None
 
     def __post_init__(self) -> None:
-        for path in (self.json_file, self.plot):
+        for path in (self.json_file, self.plot, self.html):
             if path is not None and not path.absolute().parent.is_dir():
                 raise ValueError(f"there is no directory {path.parent}")
         if self.plot is not None and self.plot.suffix not in FORMATS:
@@ -285,6 +303,8 @@ class Outputs:
             self.json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
         if self.plot is not None and report.measured:
             draw(report, self.plot)
+        if self.html is not None:
+            self.html.write_text(render(report), encoding="utf-8")
 
 
 @contextmanager
@@ -348,12 +368,12 @@ def _measure(
         )
 
 
-def _kept(path: Path) -> Report:
+def kept(path: Path) -> Report:
     """The report that was written to a file."""
     try:
         return Report.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be loaded: {error}") from None
+        raise typer.BadParameter(f"{path} cannot be loaded: {error}") from None
 
 
 def _show(console: Console, report: Report) -> None:

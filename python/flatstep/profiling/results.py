@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from flatstep.profiling.measure import Timing
 
 INTERRUPTED = 130  # an exit code
+LEAVES: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), str: (str,)}
 
 
 @dataclass
@@ -428,4 +429,6 @@ def _restored(kind: Any, value: Any) -> Any:
         return [_restored(arguments[0], item) for item in value]
     if arguments and value is not None:
         return _restored(arguments[0], value)
+    if kind in LEAVES and not isinstance(value, LEAVES[kind]):
+        raise TypeError(f"{value!r} stands where a {kind.__name__} should")
     return value

@@ -69,7 +69,7 @@ def case_title(case: Case) -> tuple[str, str]:
     """What a case is, and how large."""
     size = (
         f"{_count(case.tensors, 'tensor')}, {millions(case.parameters)} parameters, "
-        f"{_bytes(case.bytes_moved)} a step, {case.bytes_per_parameter:.3g} bytes a parameter"
+        f"{format_bytes(case.bytes_moved)} a step, {case.bytes_per_parameter:.3g} bytes a parameter"
     )
     return f"{case.title} × {case.optimizer}, {case.dtype}", size
 
@@ -462,14 +462,15 @@ def millions(count: int) -> str:
 
 
 def _peak(count: int) -> str:
-    return f"<{_bytes(TELLABLE)}" if count < TELLABLE else _bytes(count)
+    return f"<{format_bytes(TELLABLE)}" if count < TELLABLE else format_bytes(count)
 
 
 def _count(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Bytes, with the unit."""
     for unit, size in [("GB", 1e9), ("MB", 1e6), ("kB", 1e3)]:
         if count >= size:
             return f"{count / size:.3g} {unit}"
