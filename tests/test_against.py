@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from typer.testing import CliRunner
 
 from flatstep import profiling
-from flatstep.profiling import memory, training
+from flatstep.profiling import memory, text, training
 from flatstep.profiling.command import profile as command
 from flatstep.profiling.device import Cpu
 from flatstep.profiling.implementations import build_named, hyperparameters
@@ -64,6 +64,17 @@ class VandalAdam(torch.optim.Adam):
             p.data.fill_(float("inf"))
             p.grad = None
             p.data = torch.zeros(())
+
+class SlowAdamW(torch.optim.AdamW):
+    pass
+
+class WrongAdamW(torch.optim.AdamW):
+    def step(self, closure=None):
+        super().step(closure)
+        self.param_groups[0]["params"][0].data.view(-1)[0] += 0.01
+
+class VandalAdamW(torch.optim.AdamW):
+    step = VandalAdam.step
 
 class WastefulAdam(torch.optim.Adam):
     def step(self, closure=None):
@@ -239,6 +250,41 @@ def test_a_named_optimizer_trains_the_model_too(mine: str):
     assert by_way[named[1].label].problem == "wrong result: parameters unlike torch's"
     assert by_way[named[2].label].problem == "failed: OSError: no libcudart"
     assert by_way["torch fused"].forward.median > 0
+
+
+@pytest.mark.parametrize("name", ["step", "clip-ema", "whole", "f32-master"])
+def test_a_named_adamw_takes_the_place_of_torchs_in_a_pass(mine: str, name: str):
+    named = ["SlowAdamW", "WrongAdamW", "VandalAdamW"]
+    found = profiling.run(
+        [],
+        passes=[profiling.PassTask(TINY, profiling.WORKS[name])],
+        against=[subject_of(f"{mine}:{each}") for each in named],
+        rounds=2,
+        whole_step=False,
+    )
+    [measured] = found.passes
+    for each in ("torch", "flatstep", "flatstep flat", f"{mine}.SlowAdamW"):
+        assert measured.result(each).problem is None
+        assert measured.result(each).timing is not None
+    assert measured.result(f"{mine}.WrongAdamW").problem.startswith("wrong result: parameters")
+    assert measured.result(f"{mine}.VandalAdamW").problem.startswith("failed: ")
+    assert found.exit_code == 0
+    assert f"with {mine}.SlowAdamW" in text.plain_passes(found.passes)
+    assert {part.implementation for part in measured.parts} == (
+        {"unscale_", "clip_grad_norm_", "AdamW(fused)", "swa_utils' EMA"}
+        if name == "whole"
+        else set()
+    )
+
+
+def test_what_goes_wrong_everywhere_is_said_once(mine: str):
+    passes = [profiling.PassTask(TINY, profiling.WORKS[name]) for name in ("step", "ema", "clip")]
+    against = [subject_of(f"{mine}:VandalAdamW")]
+    found = profiling.run([], passes=passes, against=against, rounds=1, whole_step=False)
+    assert len(found.problems) == 3
+    [line] = text.problem_lines(found)
+    assert line.startswith(f"tiny, pass step, {mine}.VandalAdamW: failed: ")
+    assert line.endswith("; and so in 2 other races")
 
 
 # ---- memory

@@ -11,7 +11,14 @@ from flatstep.profiling.device import DEVICES
 from flatstep.profiling.passes import plan_passes
 from flatstep.profiling.run import SECONDS_BY_DEFAULT, plan, run
 from flatstep.profiling.sweeps import plan_sweeps
-from flatstep.profiling.text import left_out, machine_line, plain_case, plain_passes, plain_sweep
+from flatstep.profiling.text import (
+    left_out,
+    machine_line,
+    plain_case,
+    plain_passes,
+    plain_sweep,
+    problem_lines,
+)
 from flatstep.subjects import subject_of
 
 
@@ -63,9 +70,11 @@ def main() -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    for place, problem in report.problems.items():
-        print(f"{place}: {problem}")
-    for line in [*(f"warning: {warning}" for warning in report.warnings), *left_out(report)]:
+    for line in [
+        *problem_lines(report),
+        *(f"warning: {warning}" for warning in report.warnings),
+        *left_out(report),
+    ]:
         print(line)
     print(f"{report.seconds:.0f} s; {machine_line(report)}")
     if options.json is not None:

@@ -70,8 +70,9 @@ def profile(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="PACKAGE.MODULE:CALLABLE",
-            help="Measure the parameters of the model that this callable returns.",
+            metavar="MODULE:CALLABLE",
+            help="Measure the parameters of the model that this callable returns; "
+            "package.module:callable.",
         ),
     ] = None,
     config: Annotated[
@@ -85,10 +86,10 @@ def profile(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PACKAGE.MODULE:CLASS[,NAME=VALUE...]",
-            help="Race this optimizer too, wherever its rule is measured, such as "
-            "torch.optim:AdamW,foreach=True; repeatable. adam= before it says its rule, where its "
-            "name does not.",
+            metavar="MODULE:CLASS",
+            help="Race this optimizer too, wherever its rule is measured; options after commas, "
+            "and before it the rule that its name does not say, as in "
+            "adam=mine:Fast,lr=1e-3; repeatable.",
         ),
     ] = None,
     sweep: Annotated[
@@ -162,7 +163,7 @@ def profile(
         typer.Option(
             metavar="FILE",
             help="Write a page of charts and tables here, such as report.html; it needs no other "
-            "file and no network. Where nothing is chosen, the sweeps are measured too.",
+            "file and no network. Measures all sweeps too, where nothing is chosen.",
         ),
     ] = None,
     load: Annotated[
@@ -196,10 +197,10 @@ def profile(
                 passes=passes,
                 no_passes=no_passes,
                 sweeps=sweep,
+                sweeps_by_default=html is not None,
                 device=device,
                 threads=threads,
                 whole_step=whole_step,
-                page=html is not None,
             )
     if load is not None:
         _show(console, report)
@@ -232,14 +233,15 @@ def choose(
     passes: list[str] | None,
     no_passes: bool,
     sweeps: list[str] | None,
+    sweeps_by_default: bool,
     device: str,
     threads: int | None,
     whole_step: bool | None,
-    page: bool = False,
 ) -> Choices:
     """What the options ask for: the updates, the passes, the sweeps and the whole step.
 
-    A page has charts of the sweeps: where nothing is chosen for one, they are measured too.
+    Where neither workloads, optimizers and dtype nor passes and sweeps are chosen, everything that
+    the device has is measured; but sweeps only with ``sweeps_by_default``.
 
     Raises:
         ValueError: An unknown name, with those that there are, or options that exclude each other.
@@ -253,31 +255,30 @@ def choose(
                 f"{subject.path} follows {subject.rule}, which is not measured: "
                 f"choose --optimizer {subject.rule} too"
             )
-    chosen = bool(workloads or optimizers or dtype)
-    brought = any(isinstance(workload, Workload) for workload in workloads or [])
+    everything = not (workloads or optimizers or dtype or passes or sweeps)
+    if everything and device == "cpu" and not no_passes:
+        passes = [ALL]
+    if everything and sweeps_by_default:
+        sweeps = [ALL]
+    if whole_step is None:
+        whole_step = everything and device == "cpu"
     updates = (
-        not (passes or sweeps)
-        or brought
+        everything
+        or not (passes or sweeps)
+        or any(isinstance(workload, Workload) for workload in workloads or [])
         or bool(passes and (optimizers or dtype))
         or bool(sweeps and workloads)
     )
-    passes_by_default = device == "cpu" and not (chosen or no_passes or sweeps)
-    if page and not (chosen or passes or sweeps):
-        sweep_names = [ALL]
-    else:
-        sweep_names = sweeps or []
     choices = Choices(
         tasks=plan(workloads, optimizers, dtype, device) if updates else [],
-        passes=plan_passes(passes, workloads) if passes or passes_by_default else [],
-        sweeps=plan_sweeps(sweep_names, optimizers, dtype, device),
+        passes=plan_passes(passes, workloads) if passes else [],
+        sweeps=plan_sweeps(sweeps or [], optimizers, dtype, device),
         against=against,
         device=device,
         threads=threads,
-        whole_step=not (chosen or passes or sweeps or device != "cpu")
-        if whole_step is None
-        else whole_step,
+        whole_step=whole_step,
     )
-    device_for(device, threads, choices.whole_step, choices.passes)
+    device_for(device, threads, whole_step, choices.passes)
     return choices
 
 
@@ -368,15 +369,11 @@ def _measure(
 
 
 def kept(path: Path) -> Report:
-    """The report that was written to a file.
-
-    Raises:
-        ValueError: There is no such file, or it holds something else.
-    """
+    """The report that was written to a file."""
     try:
         return Report.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be loaded: {error}") from None
+        raise typer.BadParameter(f"{path} cannot be loaded: {error}") from None
 
 
 def _show(console: Console, report: Report) -> None:

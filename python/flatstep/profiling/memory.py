@@ -14,7 +14,7 @@ from flatstep.profiling.implementations import states_kept
 from flatstep.profiling.workloads import WORKLOADS, Workload
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-TELLABLE = 4 << 20
+TELLABLE = 4_000_000
 
 if TYPE_CHECKING:
     from flatstep.profiling.device import Device

@@ -29,6 +29,7 @@ from flatstep.profiling.text import (
     pass_rows,
     pass_title,
     percent,
+    problem_lines,
     ratio,
     short_problem,
     spread,
@@ -162,12 +163,15 @@ def print_end(console: Console, report: Report) -> None:
     """Prints the summary, what went wrong and what to do next."""
     if len(report.measured) > 1:
         console.print(summary_table(report))
-    for place, problem in report.problems.items():
-        console.print(f"[{PROBLEM}]{escape(place)}: {escape(problem)}")
+    for line in problem_lines(report):
+        console.print(f"[{PROBLEM}]{escape(line)}")
     for warning in report.warnings:
         console.print(f"[{SLOWER}]warning: {escape(warning)}")
     if report.interrupted:
-        console.print(f"[{SLOWER}]interrupted: this is what was measured so far")
+        console.print(
+            f"[{SLOWER}]interrupted: this is what was measured so far; "
+            "--workload, --optimizer and --sweep choose what is left"
+        )
     for line in left_out(report):
         console.print(escape(line), style="dim")
     for line in advice(report):

@@ -371,7 +371,7 @@ class Report:
 
     @property
     def problems(self) -> dict[str, str]:
-        """What went wrong, by where: each with why there is no time."""
+        """What went wrong, by where and whose: each with why there is no time."""
         found = {
             f"{name}, {result.implementation}": result.problem
             for name, measured in self.races()

@@ -36,6 +36,7 @@ from flatstep.profiling.results import (
 )
 from flatstep.profiling.sweeps import SweepTask, overheads
 from flatstep.profiling.workloads import WORKLOADS, Workload, size_classes, workload_named
+from flatstep.profiling.works import OPTIMIZER
 from flatstep.subjects import Subject
 
 OPTIMIZERS_BY_DEFAULT = ("adam", "sgd", "rmsprop")
@@ -175,8 +176,8 @@ def run(
             none.
         sweeps: The sweeps to measure, as from :func:`~flatstep.profiling.sweeps.plan_sweeps`.
         buckets: Whether each case is measured over its tensors of each size alone, too.
-        against: Optimizers to race in every case, sweep and whole step whose rule they follow. One
-            with another result, or that fails, gets no time.
+        against: Optimizers to race wherever their rule is measured: in cases, passes, sweeps and
+            the whole step. One with another result, or that fails, gets no time.
         device: Where: "cpu", or "cuda" for torch's current GPU.
         threads: How many threads of the CPU to use; None for as many as torch does.
         rounds: How often each implementation takes its turn; None for as often as time allows.
@@ -412,7 +413,8 @@ class _Session:
                 on_passes(begun)
 
     def _measure_stage(self, tasks: list[PassTask]) -> None:
-        refusals = [task.refusal() for task in tasks]
+        named = self.rivals.following(OPTIMIZER)
+        refusals = [task.refusal(len(named)) for task in tasks]
         fitting = [task for task, refused in zip(tasks, refusals, strict=True) if not refused]
         stage: passes.Stage | None = None
         for task, refused in zip(tasks, refusals, strict=True):
@@ -422,7 +424,7 @@ class _Session:
             with self._turn(task.weight, str(result)) as (until, tell):
                 if refused is None:
                     stage = stage or passes.Stage(fitting)
-                    passes.measure(result, task.work, stage, until, self.rounds, tell)
+                    passes.measure(result, task.work, stage, named, until, self.rounds, tell)
                     self.device.tidy()
 
     def measure_training(self, on_training: Callable[[Training], object]) -> None:

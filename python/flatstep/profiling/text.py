@@ -138,6 +138,11 @@ def pass_rows(passes: Sequence[Pass]) -> list[Row]:
             for other in measured.results
             if other.ours and other.implementation not in (TENSORS, FLAT)
         ]
+        rows += [
+            [f"  with {other.implementation}", "", *_with_named(ours, other)]
+            for other in measured.results
+            if not (other.ours or other.of_torch)
+        ]
     return rows
 
 
@@ -239,13 +244,21 @@ def overhead_rows(found: Sequence[Overhead]) -> list[Row]:
 
 def _beside(ours: Sequence[Result | None], other: Result) -> Row:
     """What another way of flatstep's took, and the times of the two divided by it."""
-    ratios = []
-    for result in ours:
-        if result and result.timing and other.timing:
-            ratios.append(ratio(result.timing.median / other.timing.median))
-        else:
-            ratios.append("")
-    return [_ms_or_problem(other), "", "", *ratios, "", "", ""]
+    return [_ms_or_problem(other), "", "", *_ratios(ours, other), "", "", ""]
+
+
+def _with_named(ours: Sequence[Result | None], other: Result) -> Row:
+    """What torch's calls took with a named optimizer, and flatstep's times divided by that."""
+    return ["", "", _ms_or_problem(other), *_ratios(ours, other), "", "", ""]
+
+
+def _ratios(ours: Sequence[Result | None], other: Result) -> Row:
+    return [
+        ratio(result.timing.median / other.timing.median)
+        if result and result.timing and other.timing
+        else ""
+        for result in ours
+    ]
 
 
 def _ms_or_problem(result: Result | None) -> str:
@@ -298,6 +311,24 @@ def _plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def problem_lines(report: Report) -> list[str]:
+    """What went wrong; that of one implementation once, and in how many other places it did."""
+    named = {
+        result.implementation
+        for _, measured in report.races()
+        for result in measured.results
+        if not (result.ours or result.of_torch)
+    }
+    lines: dict[tuple[str, str], list[str]] = {}
+    for place, problem in report.problems.items():
+        whose = next((name for name in named if place.endswith(f", {name}")), place)
+        lines.setdefault((whose, short_problem(problem)), []).append(f"{place}: {problem}")
+    return [
+        f"{first}; and so in {_count(len(others), 'other race')}" if others else first
+        for first, *others in lines.values()
+    ]
+
+
 def left_out(report: Report) -> list[str]:
     """What the device has no figures for."""
     return [f"left out on {report.machine.device}: {what}" for what in report.left_out]
@@ -306,11 +337,14 @@ def left_out(report: Report) -> list[str]:
 def advice(report: Report) -> list[str]:
     """What the figures say, and what to do next."""
     lines = [*_flat_advice(report.measured), *_training_advice(report.training)]
+    lines += [line for sweep in report.sweeps for line in _thread_advice(sweep)]
+    lines += _named_advice(report)
     if report.measured:
         verify = "flatstep verify" + (" --isa cuda" if report.machine.gpu else "")
         lines.append(
             "`--plot bars.png` draws this, `--json FILE` keeps it, "
-            "`--model package.module:callable` measures your own model; "
+            "`--model package.module:callable` measures your own model, "
+            "`--against package.module:Class` your own optimizer; "
             f"`{verify}` proves the bits"
         )
     return lines
@@ -326,6 +360,37 @@ def _flat_advice(cases: Iterable[Case]) -> list[str]:
             if gain > WORTH_SAYING and certain:
                 gains.append(f"{gain:.0%} of {case}")
     return [f"FlatBuffer saves, of the update alone: {'; '.join(gains)}"] if gains else []
+
+
+def _thread_advice(sweep: Sweep) -> list[str]:
+    """Whether fewer threads than all are faster."""
+    timed = [(point.x, point.result(TENSORS)) for point in sweep.points]
+    times = {x: result.timing for x, result in timed if result and result.timing}
+    if sweep.axis != "threads" or len(times) < 2:
+        return []
+    best, most = min(times, key=lambda x: times[x].median), max(times)
+    gain = 1 - times[best].median / times[most].median
+    if gain > WORTH_SAYING and times[best].upper_quartile < times[most].lower_quartile:
+        return [
+            f"the update takes {gain:.0%} less time on {best} threads than on {most}: "
+            f"torch.set_num_threads({best}) if backward does not suffer"
+        ]
+    return [f"threads: the update is at its fastest on {most}: leave torch.set_num_threads alone"]
+
+
+def _named_advice(report: Report) -> list[str]:
+    """What to do about named optimizers with another result."""
+    wrong = {
+        result.implementation
+        for _, measured in report.races()
+        for result in measured.results
+        if not (result.ours or result.of_torch) and (result.problem or "").startswith("wrong")
+    }
+    return [
+        f"{name} does another update than torch's: give it the same options after a comma, as in "
+        "package.module:Class,weight_decay=0.01, or name another rule before it, as in adamw="
+        for name in sorted(wrong)
+    ]
 
 
 def _training_advice(measured: Training | None) -> list[str]:

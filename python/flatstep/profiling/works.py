@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import flatstep
 from flatstep.optim import extras
 from flatstep.optim.base import Optimizer
-from flatstep.profiling.implementations import parameter
+from flatstep.profiling.implementations import build_named, parameter
 from flatstep.profiling.limit import Moved, Pages, Traffic
 from flatstep.profiling.workloads import Shape
+from flatstep.subjects import Subject
 
 F32, BF16 = torch.float32, torch.bfloat16
+OPTIMIZER = "adamw"
 EMA_DECAY = 0.999
 LOSS_SCALE = 4.0  # while results are checked
 
@@ -244,6 +247,18 @@ class Arrays:
         if not only_gradients:
             torch._foreach_copy_([param.detach() for param in params], self.params)
 
+    def beside(self) -> Arrays:
+        """The same for an optimizer that nobody knows: what it breaks, nobody else has."""
+        other = copy.copy(self)
+        for name in ("apart", "wide", "wide_grads"):
+            other.__dict__.pop(name, None)
+        other.separate = [Parameter(param.clone()) for param in self.params]
+        for param, grad in zip(other.separate, self.grads, strict=True):
+            if grad.dtype != param.dtype:
+                param.grad_dtype = grad.dtype
+            param.grad = grad.clone()
+        return other
+
     @cached_property
     def apart(self) -> list[Parameter]:
         """Parameters for torch alone to write: masters of flatstep's would have to follow them."""
@@ -285,6 +300,7 @@ class Contender:
         temporaries: Other memory of torch's.
         scaler: What makes the step, if not the optimizer.
         parts: Calls that are measured alone, too.
+        named: Whether the optimizer was named with ``--against``.
     """
 
     name: str
@@ -297,15 +313,16 @@ class Contender:
     temporaries: list[Tensor] = field(default_factory=list)
     scaler: torch.amp.GradScaler | None = None
     parts: dict[str, Callable[[], object]] = field(default_factory=dict)
+    named: bool = False
 
     @property
     def ours(self) -> bool:
-        """Whether it is flatstep's."""
-        return isinstance(self.optimizer, Optimizer)
+        """Whether it is flatstep's, and not named."""
+        return isinstance(self.optimizer, Optimizer) and not self.named
 
     def states(self) -> dict[str, list[Tensor]]:
         """The tensors of each state, but the count of steps, and torch's averages."""
-        state = self.optimizer.state
+        state = {} if self.named else self.optimizer.state
         names = [name for name in state.get(self.updated[0], {}) if name != "step"]
         found = {name: [state[param][name] for param in self.updated] for name in names}
         return {**found, extras.AVERAGE: self.averages} if self.averages else found
@@ -318,6 +335,8 @@ class Contender:
 
     def rule_states(self) -> list[dict[str, Tensor]]:
         """What every AdamW keeps, parameter by parameter; nothing where there is no AdamW."""
+        if self.named:
+            return []
         names = ("step", "exp_avg", "exp_avg_sq")
         states = [self.optimizer.state.get(param, {}) for param in self.updated]
         if not all(set(names) <= set(state) for state in states):
@@ -372,6 +391,12 @@ def contenders(work: Work, arrays: Arrays) -> list[Contender]:
     return found
 
 
+def named_contender(work: Work, arrays: Arrays, subject: Subject) -> Contender:
+    """The way of torch with a named optimizer in place of torch's."""
+    build = partial(build_named, subject, OPTIMIZER)
+    return replace(_torch(work, arrays.beside(), build), name=subject.label, parts={}, named=True)
+
+
 def max_norm(work: Work, arrays: Arrays) -> float:
     """What the gradients are clipped to, while results are checked and, at most, afterwards."""
     return arrays.norms[work.norm_type] / 2 / (LOSS_SCALE if work.scales else 1)
@@ -395,7 +420,11 @@ def _ours(
     return Contender(name, call, params, optimizer, params, scaler=scaler)
 
 
-def _torch(work: Work, arrays: Arrays) -> Contender:
+def _torch(
+    work: Work,
+    arrays: Arrays,
+    build: Callable[[list[Parameter]], torch.optim.Optimizer] | None = None,
+) -> Contender:
     separate = arrays.apart if work.wide == "masters" else arrays.separate
     params = [param.detach() for param in separate]
     grads = [gradient(param) for param in separate]
@@ -417,7 +446,7 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
     updated = [Parameter(weight) for weight in weights]
     for param, grad in zip(updated, own_grads, strict=True):
         param.grad = grad
-    optimizer = torch.optim.AdamW(updated, fused=True)
+    optimizer = build(updated) if build else torch.optim.AdamW(updated, fused=True)
     step: Callable[[], object] = optimizer.step
     parts: dict[str, Callable[[], object]] = {}
     scaler = None
