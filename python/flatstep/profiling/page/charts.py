@@ -19,6 +19,7 @@ from flatstep.profiling.results import (
     Report,
     Result,
     Sweep,
+    TrainingResult,
 )
 from flatstep.profiling.text import (
     bucket_name,
@@ -487,21 +488,27 @@ def draw_training(report: Report, looks: Looks) -> go.Figure:
         )
     figure.update_xaxes(title_text="ms")
     figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"color": palette.ink})
-    totals = [
-        sum(t.median * 1e3 for t in phase if t)
-        for phase in zip(*(t for t, _ in phases.values()), strict=True)
+    ends = [
+        sum(timing.median * 1e3 for timing in way if timing)
+        for way in zip(*(timings for timings, _ in phases.values()), strict=True)
     ]
     figure.add_scatter(
-        x=totals,
+        x=ends,
         y=names,
         mode="text",
-        text=[f" {significant(total)}" for total in totals],
+        text=[f" {_together(way)}" for way in ways],
         textposition="middle right",
         cliponaxis=False,
         hoverinfo="skip",
     )
-    figure.update_xaxes(range=[0, 1.18 * max(totals)])
+    figure.update_xaxes(range=[0, 1.18 * max(ends)])
     return figure
+
+
+def _together(way: TrainingResult) -> str:
+    """Milliseconds of all phases, as they were measured together."""
+    timings = [timing for timing in (way.forward, way.total) if timing]
+    return significant(1e3 * sum(timing.median for timing in timings))
 
 
 # ---- torch's calls
