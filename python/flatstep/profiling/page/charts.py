@@ -305,7 +305,9 @@ def draw_buckets(case: Case, looks: Looks) -> go.Figure:
         if bucket.is_timed
     ]
     title = "ns for each parameter"
-    return draw_dots(rows, looks, lambda _, r: r.ns_per_parameter, title, type="log", dtick="D2")
+    return draw_dots(
+        rows, looks, lambda _, r: r.ns_per_parameter, title, type="log", dtick="D2", tickformat="~g"
+    )
 
 
 # ---- roofline
@@ -365,7 +367,7 @@ def draw_roofline(report: Report, looks: Looks) -> go.Figure:
         tickvals=powers,
         ticktext=[format_bytes(power) for power in powers],
     )
-    figure.update_yaxes(type="log", title_text="GB/s", dtick=1)
+    figure.update_yaxes(type="log", title_text="GB/s", dtick=1, tickformat="~g")
     return figure
 
 
@@ -414,7 +416,7 @@ def draw_sweep(
     if by_point:
         figure.update_yaxes(title_text=y_title, rangemode="tozero")
     else:
-        figure.update_yaxes(title_text=y_title, type="log", dtick=1)
+        figure.update_yaxes(title_text=y_title, type="log", dtick=1, tickformat="~g")
     return figure
 
 

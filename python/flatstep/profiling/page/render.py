@@ -139,7 +139,10 @@ def headline(report: Report) -> list[str]:
     lines = []
     if len(races) == 1:
         [(case, _, share)] = races
-        lines += [f"flatstep's update takes {_less(share)} time than torch's fastest", f"{case}"]
+        lines += [
+            f"flatstep's update takes {_less(share)} time than torch's fastest",
+            f"measured on {case}",
+        ]
     elif races:
         mean = statistics.geometric_mean(share for _, _, share in races)
         most, least = (pick(races, key=lambda race: race[2]) for pick in (min, max))
