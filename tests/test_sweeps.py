@@ -147,6 +147,22 @@ def test_the_line_finds_what_a_step_and_a_tensor_cost():
     assert 0.05 < spread < 0.5
 
 
+def enumerate_powers(seconds: list[float]) -> list[tuple[int, float]]:
+    return list(zip([1, 10, 100], seconds, strict=True))
+
+
+def test_no_cost_is_negative_however_noisy_the_times_are():
+    for seconds in ([1e-6, 3e-5, 4e-4], [4e-4, 3e-5, 1e-5]):
+        step, tensor, spread = sweeps.fit_line([1, 10, 100], seconds)
+        assert step >= 0
+        assert tensor >= 0
+        off = [(step + tensor * n) / took - 1 for n, took in enumerate_powers(seconds)]
+        assert spread == pytest.approx((sum(x * x for x in off) / 3) ** 0.5)
+        for other in (1.05, 0.95):
+            worse = [(other * x + other - 1) for x in off]
+            assert spread <= (sum(x * x for x in worse) / 3) ** 0.5
+
+
 def test_overheads_are_of_each_implementation_with_enough_times():
     sweep = Sweep("tensors", "", "adam", "float32")
     for n in (1, 10, 100):
