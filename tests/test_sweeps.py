@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from flatstep import profiling
+from flatstep.profiling import command as commands
 from flatstep.profiling import memory, sweeps, text
 from flatstep.profiling.command import profile as command
 from flatstep.profiling.device import Cpu
@@ -129,6 +130,14 @@ def test_an_interrupt_leaves_the_points_that_were_measured():
     assert shown == found.sweeps
     assert [point.x for point in found.sweeps[0].points] == [1, 4]
     assert found.overheads == []
+
+
+def test_a_busy_machine_is_seen_at_the_points_of_a_sweep(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "LARGE", 28 * 500)
+    monkeypatch.setattr(runs, "BUSY_SPREAD", -1.0)
+    [warning] = [line for line in swept("sizes").warnings if "times vary" in line]
+    assert "end it and measure again" in warning
+    assert warning.endswith("(sweep of parameters, adam, float32, 1,000)")
 
 
 # ---- what a tensor costs
@@ -254,6 +263,34 @@ def test_a_file_of_anything_else_is_answered_with_what_it_has_to_hold(
 
 
 # ---- the command
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ([], {"cases", "passes", "training"}),
+        (["--html", "page.html"], {"cases", "passes", "training", "sweeps"}),
+        (["--html", "page.html", "--workload", "mlp"], {"cases"}),
+        (["--sweep", "sizes", "--optimizer", "sgd"], {"sweeps"}),
+        (["--sweep", "sizes", "--workload", "mlp"], {"cases", "sweeps"}),
+        (["--sweep", "sizes", "--pass", "step"], {"sweeps", "passes"}),
+        (["--pass", "step", "--dtype", "bfloat16"], {"cases", "passes"}),
+    ],
+)
+def test_sweeps_are_measured_where_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], measured: set[str]
+):
+    asked: set[str] = set()
+
+    def run(tasks: object, **more: object) -> profiling.Report:
+        kinds = {"cases": tasks, "training": more["whole_step"]}
+        kinds |= {kind: more[kind] for kind in ("passes", "sweeps")}
+        asked.update(kind for kind, chosen in kinds.items() if chosen)
+        raise typer.Exit
+
+    monkeypatch.setattr(commands, "run", run)
+    invoke(*options)
+    assert asked == measured
 
 
 def test_the_command_sweeps_keeps_and_shows_again(tmp_path: Path):
