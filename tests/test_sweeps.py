@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_a_wrong_result_at_a_point_gets_no_time_there(monkeypatch: pytest.Monkey
     found = swept("sizes")
     assert found.exit_code == 1
     assert list(found.problems) == ["sweep of parameters, adam, float32, 1,000, flatstep flat"]
-    assert "wrong result" in text.plain_sweep(found.sweeps[0], [])
+    assert " wrong " in text.plain_sweep(found.sweeps[0], [])
 
 
 def test_a_size_that_does_not_fit_is_refused_and_the_others_are_measured(
@@ -138,6 +139,26 @@ def test_a_busy_machine_is_seen_at_the_points_of_a_sweep(monkeypatch: pytest.Mon
     [warning] = [line for line in swept("sizes").warnings if "times vary" in line]
     assert "end it and measure again" in warning
     assert warning.endswith("(sweep of parameters, adam, float32, 1,000)")
+
+
+def test_what_others_do_meanwhile_is_said(monkeypatch: pytest.MonkeyPatch):
+    taken = iter([100.0, 1e6, 100.0, 100.0])
+    monkeypatch.setattr(runs, "seconds_of_others", lambda: next(taken))
+    assert any("of the processors' time meanwhile" in line for line in swept("sizes").warnings)
+    assert not any("meanwhile" in line for line in swept("sizes").warnings)
+
+
+def test_the_time_of_others_is_what_is_neither_idle_nor_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100000 1000 2000 500000 50 10 20 30 7 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n")
+    monkeypatch.setattr(runs, "STAT", stat)
+    own = sum(os.times()[:4])
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert runs.seconds_of_others() == pytest.approx(103_060 / ticks - own, abs=1)
+    monkeypatch.setattr(runs, "STAT", tmp_path / "nothing")
+    assert runs.seconds_of_others() == 0
 
 
 # ---- what a tensor costs
