@@ -19,6 +19,7 @@ from typing import Any, Literal
 from flatstep.profiling import training
 from flatstep.profiling.measure import LEAST_TURNS, Timing
 from flatstep.profiling.results import Bucket, Case, Machine, Pass, Point, Report
+from flatstep.profiling.workloads import WORKLOADS
 
 Verdict = Literal[
     "within noise",
@@ -260,8 +261,7 @@ def _commands(report: Report) -> dict[str, str]:
     of_case = ""
     for place, measured in report.races():
         if isinstance(measured, Case):
-            option = "--model" if ":" in measured.workload else "--workload"
-            of = f"{option} {shlex.quote(measured.workload)}"
+            of = _workload(measured.workload)
             by = f"--optimizer {shlex.quote(measured.optimizer)} --dtype {measured.dtype}"
             found[place] = of_case = f"{of} {by}{on}"
         elif isinstance(measured, Bucket):
@@ -274,6 +274,12 @@ def _commands(report: Report) -> dict[str, str]:
             by = f"--optimizer {shlex.quote(sweep.optimizer)} --dtype {sweep.dtype}"
             found[place] = f"--sweep {name} {by}{on}"
     return found
+
+
+def _workload(name: str) -> str:
+    if name in WORKLOADS:
+        return f"--workload {name}"
+    return f"--model {shlex.quote(name)}" if ":" in name else "--config FILE"
 
 
 def _row(a: _Entry | None, b: _Entry | None, threshold: float) -> Row | None:

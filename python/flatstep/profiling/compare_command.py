@@ -62,11 +62,11 @@ def compare_profiles(
     """
     try:
         share = share_of(threshold)
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise ValueError(f"there is no directory {json_file.parent}")
+        reports = kept(a), kept(b)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="'--threshold'") from None
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no directory {json_file.parent}")
-    reports = kept(a), kept(b)
+        raise typer.BadParameter(str(error)) from None
     comparison = compare(*reports, share)
     console = Console(highlight=False)
     if not console.is_terminal:

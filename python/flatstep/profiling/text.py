@@ -94,10 +94,10 @@ def case_rows(case: Case) -> tuple[Row, list[Row]]:
 
 
 def _result_row(case: Case, result: Result) -> Row:
-    peak = "" if result.most_bytes is None else _peak(result.most_bytes)
+    most = "" if result.most_bytes is None else peak(result.most_bytes)
     name, first = result.implementation, ms(result.first_step)
     if result.timing is None or result.gb_per_s is None:
-        return [name, "", short_problem(result.problem), "", "", "", "", "", first, peak]
+        return [name, "", short_problem(result.problem), "", "", "", "", "", first, most]
     return [
         name,
         result.pages or "",
@@ -105,7 +105,7 @@ def _result_row(case: Case, result: Result) -> Row:
         percent(result.of_limit),
         ratio(result.to_torch),
         first,
-        peak,
+        most,
     ]
 
 
@@ -150,7 +150,7 @@ def pass_rows(passes: Sequence[Pass]) -> list[Row]:
 
 def bucket_rows(case: Case) -> tuple[Row, list[Row]]:
     """The columns, and the cells of each size class of a case."""
-    columns, rows = _grid("tensors of", case.buckets, [_bucket_name(b) for b in case.buckets])
+    columns, rows = _grid("tensors of", case.buckets, [bucket_name(b) for b in case.buckets])
     counts = [f"{bucket.tensors:,}" for bucket in case.buckets]
     shares = [percent(bucket.parameters / case.parameters) for bucket in case.buckets]
     added = zip(rows, counts, shares, strict=True)
@@ -160,7 +160,8 @@ def bucket_rows(case: Case) -> tuple[Row, list[Row]]:
     )
 
 
-def _bucket_name(bucket: Bucket) -> str:
+def bucket_name(bucket: Bucket) -> str:
+    """The sizes of a class's tensors."""
     if bucket.smallest == bucket.largest:
         return f"{bucket.smallest:,}"
     return f"{bucket.smallest:,} to {bucket.largest:,}"
@@ -234,7 +235,7 @@ def sweep_refusals(sweep: Sweep) -> list[str]:
 def bucket_refusals(case: Case) -> list[str]:
     """Why size classes were not measured, and what to do."""
     return [
-        f"tensors of {_bucket_name(bucket)}: refused: {bucket.refused}; {SMALLER}"
+        f"tensors of {bucket_name(bucket)}: refused: {bucket.refused}; {SMALLER}"
         for bucket in case.buckets
         if bucket.refused is not None
     ]
@@ -484,8 +485,13 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-def _peak(count: int) -> str:
+def _peak_cell(count: int) -> str:
     return f"<{TELLABLE / 1e6:.0f}" if count < TELLABLE else significant(count / 1e6)
+
+
+def peak(count: int) -> str:
+    """Bytes that are not told below a certain count."""
+    return f"<{format_bytes(TELLABLE)}" if count < TELLABLE else format_bytes(count)
 
 
 def _count(count: int, thing: str) -> str:

@@ -11,7 +11,6 @@ from markupsafe import escape
 
 from flatstep.profiling.measure import Timing
 from flatstep.profiling.results import (
-    Bucket,
     Case,
     Limit,
     Measured,
@@ -21,7 +20,14 @@ from flatstep.profiling.results import (
     Result,
     Sweep,
 )
-from flatstep.profiling.text import format_bytes, format_time, millions, ratio, significant
+from flatstep.profiling.text import (
+    bucket_name,
+    format_bytes,
+    format_time,
+    millions,
+    ratio,
+    significant,
+)
 from flatstep.profiling.works import FLAT, TENSORS
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
@@ -293,18 +299,12 @@ def bucketed(report: Report) -> list[Case]:
 def draw_buckets(case: Case, looks: Looks) -> go.Figure:
     """Nanoseconds for each parameter, by the sizes of tensors."""
     rows = [
-        (f"{_range(bucket)} ({bucket.tensors:,})", bucket)
+        (f"{bucket_name(bucket)} ({bucket.tensors:,})", bucket)
         for bucket in case.buckets
         if bucket.is_timed
     ]
     title = "ns for each parameter"
     return draw_dots(rows, looks, lambda _, r: r.ns_per_parameter, title, type="log", dtick="D2")
-
-
-def _range(bucket: Bucket) -> str:
-    if bucket.smallest == bucket.largest:
-        return f"{bucket.smallest:,}"
-    return f"{bucket.smallest:,} to {bucket.largest:,}"
 
 
 # ---- roofline

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flatstep.profiling.measure import Timing
 from flatstep.profiling.results import Measured, Overhead, Report, Sweep, Training
-from flatstep.profiling.text import ms, percent, ratio, short_problem, significant, spread
+from flatstep.profiling.text import ms, peak, percent, ratio, short_problem, significant, spread
 
 Value = str | float | int | None
 
@@ -90,7 +90,7 @@ RACE = [
     "of limit",
     "÷ torch",
     "first ms",
-    "peak MB",
+    "peak",
 ]
 
 
@@ -124,7 +124,7 @@ def _race_rows(measured: Measured) -> Iterable[Row]:
             times: Sequence[Cell] = [word(short_problem(result.problem)), *[Cell("")] * 3]
         else:
             times = _times(result.timing, measured, result.gb_per_s)
-        peak = None if result.most_bytes is None else result.most_bytes / 1e6
+        most = result.most_bytes
         yield Row(
             [
                 word(result.implementation),
@@ -133,7 +133,7 @@ def _race_rows(measured: Measured) -> Iterable[Row]:
                 number(result.of_limit, percent(result.of_limit)),
                 number(result.to_torch, ratio(result.to_torch)),
                 number(result.first_step, ms(result.first_step)),
-                number(peak, "" if peak is None else significant(peak)),
+                number(most, "" if most is None else peak(most)),
             ],
             "ours" if result.ours else "",
         )
