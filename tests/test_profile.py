@@ -781,7 +781,7 @@ def test_the_command_names_the_gpu_in_all_that_it_leaves(tmp_path: Path):
     chosen = ["--device", "cuda", "--workload", "tiny", "--optimizer", "adam", "--rounds", "1"]
     code, output = invoke(*chosen, "--json", str(kept), "--plot", str(drawn))
     assert code == 0
-    for said in ("Stand-in, CUDA 99.0", "peak", "left out on cuda: the whole step", "limit"):
+    for said in ("Stand-in, CUDA 99.0", "peak MB", "left out on cuda: the whole step", "limit"):
         assert said in output
     assert "pages   " not in output
     assert json.loads(kept.read_text())["machine"]["gpu"] == "Stand-in"

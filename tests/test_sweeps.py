@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from flatstep import profiling
+from flatstep.profiling import command as commands
 from flatstep.profiling import memory, sweeps, text
 from flatstep.profiling.command import profile as command
 from flatstep.profiling.device import Cpu
@@ -99,7 +101,7 @@ def test_a_wrong_result_at_a_point_gets_no_time_there(monkeypatch: pytest.Monkey
     found = swept("sizes")
     assert found.exit_code == 1
     assert list(found.problems) == ["sweep of parameters, adam, float32, 1,000, flatstep flat"]
-    assert "wrong result" in text.plain_sweep(found.sweeps[0], [])
+    assert " wrong " in text.plain_sweep(found.sweeps[0], [])
 
 
 def test_a_size_that_does_not_fit_is_refused_and_the_others_are_measured(
@@ -131,6 +133,34 @@ def test_an_interrupt_leaves_the_points_that_were_measured():
     assert found.overheads == []
 
 
+def test_a_busy_machine_is_seen_at_the_points_of_a_sweep(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "LARGE", 28 * 500)
+    monkeypatch.setattr(runs, "BUSY_SPREAD", -1.0)
+    [warning] = [line for line in swept("sizes").warnings if "times vary" in line]
+    assert "end it and measure again" in warning
+    assert warning.endswith("(sweep of parameters, adam, float32, 1,000)")
+
+
+def test_what_others_do_meanwhile_is_said(monkeypatch: pytest.MonkeyPatch):
+    taken = iter([100.0, 1e6, 100.0, 100.0])
+    monkeypatch.setattr(runs, "seconds_of_others", lambda: next(taken))
+    assert any("of the processors' time meanwhile" in line for line in swept("sizes").warnings)
+    assert not any("meanwhile" in line for line in swept("sizes").warnings)
+
+
+def test_the_time_of_others_is_what_is_neither_idle_nor_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100000 1000 2000 500000 50 10 20 30 7 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n")
+    monkeypatch.setattr(runs, "STAT", stat)
+    own = sum(os.times()[:4])
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert runs.seconds_of_others() == pytest.approx(103_060 / ticks - own, abs=1)
+    monkeypatch.setattr(runs, "STAT", tmp_path / "nothing")
+    assert runs.seconds_of_others() == 0
+
+
 # ---- what a tensor costs
 
 
@@ -145,6 +175,22 @@ def test_the_line_finds_what_a_step_and_a_tensor_cost():
     assert spread == pytest.approx(0, abs=1e-9)
     _, _, spread = sweeps.fit_line(counts, [5e-6, 6e-6, 5e-6, 30e-6, 200e-6])
     assert 0.05 < spread < 0.5
+
+
+def enumerate_powers(seconds: list[float]) -> list[tuple[int, float]]:
+    return list(zip([1, 10, 100], seconds, strict=True))
+
+
+def test_no_cost_is_negative_however_noisy_the_times_are():
+    for seconds in ([1e-6, 3e-5, 4e-4], [4e-4, 3e-5, 1e-5]):
+        step, tensor, spread = sweeps.fit_line([1, 10, 100], seconds)
+        assert step >= 0
+        assert tensor >= 0
+        off = [(step + tensor * n) / took - 1 for n, took in enumerate_powers(seconds)]
+        assert spread == pytest.approx((sum(x * x for x in off) / 3) ** 0.5)
+        for other in (1.05, 0.95):
+            worse = [(other * x + other - 1) for x in off]
+            assert spread <= (sum(x * x for x in worse) / 3) ** 0.5
 
 
 def test_overheads_are_of_each_implementation_with_enough_times():
@@ -238,6 +284,34 @@ def test_a_file_of_anything_else_is_answered_with_what_it_has_to_hold(
 
 
 # ---- the command
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ([], {"cases", "passes", "training"}),
+        (["--html", "page.html"], {"cases", "passes", "training", "sweeps"}),
+        (["--html", "page.html", "--workload", "mlp"], {"cases"}),
+        (["--sweep", "sizes", "--optimizer", "sgd"], {"sweeps"}),
+        (["--sweep", "sizes", "--workload", "mlp"], {"cases", "sweeps"}),
+        (["--sweep", "sizes", "--pass", "step"], {"sweeps", "passes"}),
+        (["--pass", "step", "--dtype", "bfloat16"], {"cases", "passes"}),
+    ],
+)
+def test_sweeps_are_measured_where_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], measured: set[str]
+):
+    asked: set[str] = set()
+
+    def run(tasks: object, **more: object) -> profiling.Report:
+        kinds = {"cases": tasks, "training": more["whole_step"]}
+        kinds |= {kind: more[kind] for kind in ("passes", "sweeps")}
+        asked.update(kind for kind, chosen in kinds.items() if chosen)
+        raise typer.Exit
+
+    monkeypatch.setattr(commands, "run", run)
+    invoke(*options)
+    assert asked == measured
 
 
 def test_the_command_sweeps_keeps_and_shows_again(tmp_path: Path):

@@ -20,6 +20,7 @@ from flatstep.profiling.results import (
     TrainingResult,
 )
 from flatstep.profiling.run import Task, plan, run
+from flatstep.profiling.sweeps import SweepTask, plan_sweeps
 from flatstep.profiling.workloads import WORKLOADS, Workload
 from flatstep.profiling.works import WORKS, Work
 
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "Result",
     "Sweep",
+    "SweepTask",
     "Task",
     "Training",
     "TrainingResult",
@@ -43,5 +45,6 @@ __all__ = [
     "Workload",
     "plan",
     "plan_passes",
+    "plan_sweeps",
     "run",
 ]

@@ -12,6 +12,7 @@ from rich.text import Text
 from flatstep.profiling.results import Case, Overhead, Pass, Report, Sweep, Training
 from flatstep.profiling.sweeps import LIMIT
 from flatstep.profiling.text import (
+    BUCKET_TITLE,
     OVERHEAD_COLUMNS,
     PASS_COLUMNS,
     advice,
@@ -20,6 +21,7 @@ from flatstep.profiling.text import (
     case_rows,
     case_title,
     left_out,
+    legend,
     machine_line,
     millions,
     ms,
@@ -72,8 +74,15 @@ def case_table(case: Case) -> RenderableType:
         table.add_row(*row, style=OURS if result.ours else "")
     if not case.buckets:
         return Group(title, table)
-    grid = _grid_table(*bucket_rows(case))
-    return Group(title, table, Text(), grid, *_problems(bucket_refusals(case)))
+    what, size = BUCKET_TITLE
+    return Group(
+        title,
+        table,
+        Text.assemble("\n", (what, "bold"), f"   {size}"),
+        _grid_table(*bucket_rows(case)),
+        *_notes(legend(case.buckets)),
+        *_problems(bucket_refusals(case)),
+    )
 
 
 def sweep_table(sweep: Sweep, found: Sequence[Overhead]) -> RenderableType:
@@ -83,6 +92,7 @@ def sweep_table(sweep: Sweep, found: Sequence[Overhead]) -> RenderableType:
     parts: list[RenderableType] = [
         title,
         _grid_table(*sweep_rows(sweep)),
+        *_notes(legend(sweep.points)),
         *_problems(sweep_refusals(sweep)),
     ]
     if found:
@@ -96,11 +106,13 @@ def sweep_table(sweep: Sweep, found: Sequence[Overhead]) -> RenderableType:
 
 def _grid_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = _table(*columns)
-    for column, cells in zip(table.columns, zip(*rows, strict=True), strict=True):
-        column.min_width = max(map(len, cells))  # so that no time is apart from its unit
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _notes(lines: Sequence[str]) -> list[Text]:
+    return [Text(f" {line}", style="dim") for line in lines]
 
 
 def _problems(lines: Sequence[str]) -> list[Text]:

@@ -45,6 +45,8 @@ SECONDS_BY_DEFAULT = 150.0
 TRAINING_WEIGHT = 12.0
 BUSY_LOAD = 0.5  # of the cores
 BUSY_SPREAD = 0.1  # between the quartiles, of the median
+BUSY_OTHERS = 0.1  # of the processors' time
+STAT = Path("/proc/stat")
 LARGE = 64 << 20  # bytes moved: what is smaller varies by itself
 
 
@@ -250,7 +252,7 @@ class _Session:
         self.buckets = buckets
         self.on_progress = on_progress
         self.report = Report(_machine(device), left_out=list(device.left_out))
-        self.start = perf_counter()
+        self.start, self.others = perf_counter(), seconds_of_others()
         self.deadline = self.start + seconds
         self.all = self.left = 0.0
         load, cores = os.getloadavg()[0], self.report.machine.cores
@@ -449,6 +451,13 @@ class _Session:
     def finish(self) -> None:
         """Adds what only the end shows."""
         self.report.seconds = perf_counter() - self.start
+        others = seconds_of_others() - self.others
+        share = others / self.report.machine.cores / self.report.seconds
+        if share > BUSY_OTHERS:
+            self.report.warnings.append(
+                f"others took {share:.0%} of the processors' time meanwhile: end them and measure "
+                "again"
+            )
         if self.rounds is None:
             self._warn(
                 lambda timing: timing.rounds < LEAST_TURNS,
@@ -470,6 +479,20 @@ class _Session:
         ]
         if where:
             self.report.warnings.append(f"{message} ({'; '.join(where)})")
+
+
+def seconds_of_others() -> float:
+    """How long the machine's processors have run something else than this process, in all.
+
+    Linux counts it, also what a virtual machine's host has taken away; elsewhere it is nothing.
+    """
+    try:
+        fields = STAT.read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, fields)
+    busy = (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])
 
 
 def _machine(device: Device) -> Machine:

@@ -178,10 +178,18 @@ def overheads(sweep: Sweep) -> list[Overhead]:
 def fit_line(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float, float]:
     """The intercept and the slope of a line, and the root of the mean square of what it is off.
 
-    All by least squares of the relative distances.
+    All by least squares of the relative distances. Neither cost is negative, whatever the noise.
     """
     x, y = np.asarray(counts, float), np.asarray(seconds, float)
     columns = np.stack([1 / y, x / y], axis=1)
-    (step, tensor), *_ = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)
-    off = columns @ np.array([step, tensor]) - 1
-    return float(step), float(tensor), float(np.sqrt(np.mean(off**2)))
+    both, *_ = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)
+    lines = [both]
+    if both.min() < 0:
+        alone = columns.sum(axis=0) / (columns**2).sum(axis=0)
+        lines = [np.array([alone[0], 0.0]), np.array([0.0, alone[1]])]
+    off, line = min(
+        (float(np.sqrt(np.mean((columns @ line - 1) ** 2))), tuple(map(float, line)))
+        for line in lines
+    )
+    step, tensor = line
+    return step, tensor, off

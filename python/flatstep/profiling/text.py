@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable, Sequence
 from itertools import compress
 
@@ -26,12 +27,12 @@ COLUMNS = (
     "pages",
     "ms",
     "spread",
-    "ns/param",
+    "ns / param",
     "GB/s",
     "of limit",
     "÷ torch",
     "first ms",
-    "peak",
+    "peak MB",
 )
 PASS_TITLE = "One pass, beside the torch calls that it replaces"
 # Bytes are those of each parameter; what is said twice is said of tensors, and of a flat buffer.
@@ -47,6 +48,7 @@ PASS_COLUMNS = (
     "of limit",
     "flat",
 )
+BUCKET_TITLE = ("Its tensors of each size alone", "µs")
 SMALLER = "give memory back, or choose a smaller --dtype"
 OVERHEAD_COLUMNS = ("", "µs a step", "ns a tensor", "off the line")
 WORTH_SAYING = 0.02  # of a time: less may be chance
@@ -85,7 +87,7 @@ def case_rows(case: Case) -> tuple[Row, list[Row]]:
         )
     rows += [_result_row(case, result) for result in case.results]
     kept = [
-        column not in ("pages", "peak") or any(row[place] for row in rows)
+        column not in ("pages", "peak MB") or any(row[place] for row in rows)
         for place, column in enumerate(COLUMNS)
     ]
     return list(compress(COLUMNS, kept)), [list(compress(row, kept)) for row in rows]
@@ -167,7 +169,7 @@ def bucket_name(bucket: Bucket) -> str:
 
 def sweep_title(sweep: Sweep) -> tuple[str, str]:
     """What a sweep is, and of what."""
-    return sweep.title, f"{sweep.optimizer}, {sweep.dtype}"
+    return sweep.title, f"{sweep.optimizer}, {sweep.dtype}; µs"
 
 
 def sweep_rows(sweep: Sweep) -> tuple[Row, list[Row]]:
@@ -177,10 +179,13 @@ def sweep_rows(sweep: Sweep) -> tuple[Row, list[Row]]:
 
 def _grid(axis: str, races: Sequence[Measured], names: Sequence[str]) -> tuple[Row, list[Row]]:
     """A row for each race, and a column for the time of each implementation."""
-    found = [result.implementation for race in races for result in race.results]
-    ours = [name for name in (TENSORS, FLAT) if name in found]
-    implementations = [*ours, *(name for name in dict.fromkeys(found) if name not in ours)]
-    columns = [axis, "limit", *implementations, "÷ torch", "flat", "of limit", "flat"]
+    found = dict.fromkeys(result.implementation for race in races for result in race.results)
+    ours = {
+        name: title for name, title in {TENSORS: "flatstep", FLAT: "flat"}.items() if name in found
+    }
+    letters = {name: letter for letter, name in _letters(races).items()}
+    titles = {**ours, **{name: letters.get(name, name) for name in found if name not in ours}}
+    columns = [axis, "limit", *titles.values(), "÷ torch", "flat", "of limit", "flat"]
     rows = []
     for race, name in zip(races, names, strict=True):
         if race.refused is not None:
@@ -191,8 +196,8 @@ def _grid(axis: str, races: Sequence[Measured], names: Sequence[str]) -> tuple[R
         rows.append(
             [
                 name,
-                format_time(limit.timing.median) if limit else "",
-                *(_time_or_problem(race.result(each)) for each in implementations),
+                microseconds(limit.timing.median) if limit else "",
+                *(_microseconds_or_problem(race.result(each)) for each in titles),
                 *(ratio(result.to_torch if result else None) for result in results),
                 *(percent(result.of_limit if result else None) for result in results),
             ]
@@ -200,10 +205,22 @@ def _grid(axis: str, races: Sequence[Measured], names: Sequence[str]) -> tuple[R
     return columns, rows
 
 
-def _time_or_problem(result: Result | None) -> str:
+def _letters(races: Sequence[Measured]) -> dict[str, str]:
+    """A letter for each named optimizer: their names are too long for a column's head."""
+    found = [result for race in races for result in race.results]
+    named = dict.fromkeys(r.implementation for r in found if not (r.ours or r.of_torch))
+    return dict(zip(string.ascii_uppercase, named, strict=False))
+
+
+def legend(races: Sequence[Measured]) -> list[str]:
+    """What the letters of a table stand for."""
+    return [f"{letter}: {name}" for letter, name in _letters(races).items()]
+
+
+def _microseconds_or_problem(result: Result | None) -> str:
     if result is None or result.timing is None:
-        return short_problem(result.problem) if result else ""
-    return format_time(result.timing.median)
+        return short_problem(result.problem).partition(" ")[0] if result else ""
+    return microseconds(result.timing.median)
 
 
 def sweep_refusals(sweep: Sweep) -> list[str]:
@@ -234,7 +251,7 @@ def overhead_rows(found: Sequence[Overhead]) -> list[Row]:
     return [
         [
             each.implementation,
-            significant(each.per_step * 1e6),
+            microseconds(each.per_step),
             significant(each.per_tensor * 1e9),
             f"±{each.spread:.0%}",
         ]
@@ -285,14 +302,15 @@ def plain_case(case: Case) -> str:
         return "\n".join([*lines, f"  refused: {case.refused}", ""])
     lines += _plain_table(*case_rows(case))
     if case.buckets:
-        lines += ["", *_plain_table(*bucket_rows(case)), *bucket_refusals(case)]
+        lines += ["", "   ".join(BUCKET_TITLE), *_plain_table(*bucket_rows(case))]
+        lines += [*legend(case.buckets), *bucket_refusals(case)]
     return "\n".join([*lines, ""])
 
 
 def plain_sweep(sweep: Sweep, found: Sequence[Overhead]) -> str:
     """A sweep's title and table, and what a step and a tensor cost by it."""
     lines = ["   ".join(sweep_title(sweep)), *_plain_table(*sweep_rows(sweep))]
-    lines += [*sweep_refusals(sweep), ""]
+    lines += [*legend(sweep.points), *sweep_refusals(sweep), ""]
     if found:
         lines += ["   ".join(overhead_title(found))]
         lines += [*_plain_table(OVERHEAD_COLUMNS, overhead_rows(found)), ""]
@@ -437,6 +455,11 @@ def ms(seconds: float | None) -> str:
     return "" if seconds is None else significant(seconds * 1e3)
 
 
+def microseconds(seconds: float) -> str:
+    """Microseconds, without the unit."""
+    return significant(seconds * 1e6)
+
+
 def significant(value: float) -> str:
     """At least three significant digits, and no exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
@@ -460,6 +483,10 @@ def percent(share: float | None) -> str:
 def millions(count: int) -> str:
     """A count, in millions where it has some."""
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def _peak_cell(count: int) -> str:
+    return f"<{TELLABLE / 1e6:.0f}" if count < TELLABLE else significant(count / 1e6)
 
 
 def peak(count: int) -> str:
