@@ -296,6 +296,8 @@ def test_a_file_of_anything_else_is_answered_with_what_it_has_to_hold(
         (["--sweep", "sizes", "--workload", "mlp"], {"cases", "sweeps"}),
         (["--sweep", "sizes", "--pass", "step"], {"sweeps", "passes"}),
         (["--pass", "step", "--dtype", "bfloat16"], {"cases", "passes"}),
+        (["--pass", "step", "--against", "torch.optim:AdamW"], {"passes"}),
+        (["--against", "torch.optim:AdamW"], {"cases"}),
     ],
 )
 def test_sweeps_are_measured_where_they_are_asked_for(

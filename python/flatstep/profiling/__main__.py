@@ -7,10 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from flatstep.profiling.choices import choose
 from flatstep.profiling.device import DEVICES
-from flatstep.profiling.passes import plan_passes
-from flatstep.profiling.run import SECONDS_BY_DEFAULT, plan, run
-from flatstep.profiling.sweeps import plan_sweeps
+from flatstep.profiling.run import SECONDS_BY_DEFAULT, run
 from flatstep.profiling.text import (
     left_out,
     machine_line,
@@ -19,7 +18,6 @@ from flatstep.profiling.text import (
     plain_sweep,
     problem_lines,
 )
-from flatstep.subjects import subject_of
 
 
 def main() -> int:
@@ -40,25 +38,29 @@ def main() -> int:
     parser.add_argument("--no-passes", action="store_true")
     parser.add_argument("--sweep", dest="sweeps", action="append", metavar="NAME")
     parser.add_argument("--buckets", action="store_true", help="each size of tensor alone, too")
-    parser.add_argument("--against", action="append", default=[], metavar="PACKAGE.MODULE:CLASS")
+    parser.add_argument("--against", action="append", metavar="MODULE:CLASS", help="repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"there is no directory {options.json.parent}")
-    updates = bool(options.optimizer or options.dtype)
-    by_default = not (options.workload or updates or options.no_passes or options.device != "cpu")
-    names = options.passes
     try:
-        tasks = plan(options.workload, options.optimizer, options.dtype, device=options.device)
-        passes = plan_passes(names, options.workload) if names or by_default else []
+        choices = choose(
+            workloads=options.workload,
+            optimizers=options.optimizer,
+            dtype=options.dtype,
+            against=options.against,
+            passes=options.passes,
+            no_passes=options.no_passes,
+            sweeps=options.sweeps,
+            device=options.device,
+            whole_step=False,
+        )
         report = run(
-            [] if (names or options.sweeps) and not updates else tasks,
-            passes=passes,
-            sweeps=plan_sweeps(
-                options.sweeps or [], options.optimizer, options.dtype, options.device
-            ),
+            choices.tasks,
+            passes=choices.passes,
+            sweeps=choices.sweeps,
             buckets=options.buckets,
-            against=[subject_of(text) for text in options.against],
+            against=choices.against,
             device=options.device,
             rounds=options.rounds,
             seconds=options.seconds,

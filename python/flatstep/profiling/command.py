@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from flatstep._torch import DTYPES
+from flatstep.profiling.choices import Choices, choose
 from flatstep.profiling.device import DEVICES
 from flatstep.profiling.implementations import OPTIMIZERS
 from flatstep.profiling.page import render
-from flatstep.profiling.passes import ALL, WORKLOAD_BY_DEFAULT, PassTask, plan_passes
+from flatstep.profiling.passes import ALL, WORKLOAD_BY_DEFAULT
 from flatstep.profiling.plot import FORMATS, draw
 from flatstep.profiling.report import (
     case_table,
@@ -30,12 +31,9 @@ from flatstep.profiling.results import Report
 from flatstep.profiling.run import (
     OPTIMIZERS_BY_DEFAULT,
     SECONDS_BY_DEFAULT,
-    Task,
-    device_for,
-    plan,
     run,
 )
-from flatstep.profiling.sweeps import OPTIMIZER_BY_DEFAULT, SWEEPS, SweepTask, plan_sweeps
+from flatstep.profiling.sweeps import OPTIMIZER_BY_DEFAULT, SWEEPS
 from flatstep.profiling.workloads import (
     WORKLOADS,
     Workload,
@@ -43,7 +41,6 @@ from flatstep.profiling.workloads import (
     workload_of_model,
 )
 from flatstep.profiling.works import WORKS
-from flatstep.subjects import Subject, subject_of
 
 
 def profile(
@@ -193,7 +190,7 @@ def profile(
                 workloads=_workloads(workload, model, config),
                 optimizers=optimizer,
                 dtype=dtype,
-                against=[subject_of(text) for text in dict.fromkeys(against or [])],
+                against=against,
                 passes=passes,
                 no_passes=no_passes,
                 sweeps=sweep,
@@ -209,77 +206,6 @@ def profile(
     print_end(console, report)
     outputs.write(report)
     raise typer.Exit(report.exit_code)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What is to be measured, once all that was asked for makes sense together."""
-
-    tasks: list[Task]
-    passes: list[PassTask]
-    sweeps: list[SweepTask]
-    against: list[Subject]
-    device: str
-    threads: int | None
-    whole_step: bool
-
-
-def choose(
-    *,
-    workloads: list[str | Workload] | None,
-    optimizers: list[str] | None,
-    dtype: str | None,
-    against: list[Subject],
-    passes: list[str] | None,
-    no_passes: bool,
-    sweeps: list[str] | None,
-    sweeps_by_default: bool,
-    device: str,
-    threads: int | None,
-    whole_step: bool | None,
-) -> Choices:
-    """What the options ask for: the updates, the passes, the sweeps and the whole step.
-
-    Where neither workloads, optimizers and dtype nor passes and sweeps are chosen, everything that
-    the device has is measured; but sweeps only with ``sweeps_by_default``.
-
-    Raises:
-        ValueError: An unknown name, with those that there are, or options that exclude each other.
-    """
-    if passes and no_passes:
-        raise ValueError("--pass and --no-passes exclude each other: drop one")
-    optimizers = optimizers or list(dict.fromkeys(subject.rule for subject in against)) or None
-    for subject in against:
-        if subject.rule not in (optimizers or []):
-            raise ValueError(
-                f"{subject.path} follows {subject.rule}, which is not measured: "
-                f"choose --optimizer {subject.rule} too"
-            )
-    everything = not (workloads or optimizers or dtype or passes or sweeps)
-    if everything and device == "cpu" and not no_passes:
-        passes = [ALL]
-    if everything and sweeps_by_default:
-        sweeps = [ALL]
-    if whole_step is None:
-        whole_step = everything and device == "cpu"
-    updates = (
-        everything
-        or not (passes or sweeps)
-        or any(isinstance(workload, Workload) for workload in workloads or [])
-        or bool(passes and (optimizers or dtype))
-        or bool(sweeps and workloads)
-    )
-    choices = Choices(
-        tasks=plan(workloads, optimizers, dtype, device) if updates else [],
-        passes=plan_passes(passes, workloads) if passes else [],
-        sweeps=plan_sweeps(sweeps or [], optimizers, dtype, device),
-        against=against,
-        device=device,
-        threads=threads,
-        whole_step=whole_step,
-    )
-    device_for(device, threads, whole_step, choices.passes)
-    return choices
 
 
 @dataclass(frozen=True)

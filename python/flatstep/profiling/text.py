@@ -94,7 +94,7 @@ def case_rows(case: Case) -> tuple[Row, list[Row]]:
 
 
 def _result_row(case: Case, result: Result) -> Row:
-    most = "" if result.most_bytes is None else peak(result.most_bytes)
+    most = "" if result.most_bytes is None else _megabytes(result.most_bytes)
     name, first = result.implementation, ms(result.first_step)
     if result.timing is None or result.gb_per_s is None:
         return [name, "", short_problem(result.problem), "", "", "", "", "", first, most]
@@ -485,7 +485,7 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-def _peak_cell(count: int) -> str:
+def _megabytes(count: int) -> str:
     return f"<{TELLABLE / 1e6:.0f}" if count < TELLABLE else significant(count / 1e6)
 
 
