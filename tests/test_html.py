@@ -46,7 +46,7 @@ APP = typer.Typer()
 APP.command()(profile)
 
 CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
 )
 FLAGS = (
     "--no-sandbox",
