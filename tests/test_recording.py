@@ -457,7 +457,7 @@ def test_what_a_gpu_skipped_is_known_in_the_end(monkeypatch: pytest.MonkeyPatch)
         plan: Any = opt._make_plan(opt.rule)
         plan.plan = SimpleNamespace(norm_on_gpu=lambda *_: None)
         plan._step = lambda *_: None
-        opt._clipped.there = SimpleNamespace(gpu=0, found=found)
+        opt._clipped.norm = opt._clipped.there = SimpleNamespace(gpu=0, found=found)
         plan.norm_on_gpu(0, False, 0, 0, 0, 0)
         plan.step([], [], 1, {0: (0, 0, 0, [], 1, True)}, [])
 

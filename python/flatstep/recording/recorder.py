@@ -73,7 +73,13 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 class Recorder:
-    """What :func:`flatstep.profile` returns."""
+    """What :func:`flatstep.profile` returns.
+
+    Attributes:
+        watches: What is kept of each optimizer, by the name that its rows have.
+        began: The first beginning, in seconds of ``perf_counter``; None before it.
+        began_at: The same in seconds since 1970.
+    """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], limit: float | None) -> None:
         self.watches: dict[str, Watch] = {}
@@ -84,8 +90,8 @@ class Recorder:
                 self.watches[name] = StepWatch(optimizer)
             else:
                 self.watches[name] = HookedWatch(optimizer)
-        self.began: float | None = None  # by perf_counter
-        self.began_at = 0.0  # by the calendar
+        self.began: float | None = None
+        self.began_at = 0.0
         self._limit = limit
         self._limits: dict[str, float] = {}
         self._told = dict.fromkeys(self.watches, 0)

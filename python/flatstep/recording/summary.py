@@ -14,12 +14,12 @@ from flatstep.flat import holds_gradient
 from flatstep.profiling.measure import Timing
 from flatstep.profiling.text import (
     counted,
+    format_bytes,
     format_time,
     millions,
     percent,
     plain_table,
     significant,
-    size_text,
 )
 from flatstep.recording.rows import Row
 from flatstep.recording.watch import StepWatch
@@ -61,7 +61,7 @@ def _title(recorder: Recorder, name: str, rows: Sequence[Row]) -> str:
         moved = median([row.bytes_moved or 0 for row in rows if not row.skipped] or [0])
         title += (
             f" of {counted(traffic.tensors, 'tensor')}, {millions(traffic.elements)} parameters, "
-            f"{size_text(round(moved))} a step"
+            f"{format_bytes(round(moved))} a step"
         )
     skipped = sum(row.skipped for row in rows)
     return f"{title}; {skipped} skipped" if skipped else title

@@ -208,8 +208,8 @@ class StepWatch(Watch):
                 self.norm_end,
                 self.update_begin,
                 self.update_end,
-                # Each norm is an object of its own.
-                NONE if norm is self._norm or norm is None else norm,
+                # Each norm that the host knows is an object of its own.
+                norm if norm is not self._norm and type(norm) is float else NONE,
                 self._place,
             )
         )
