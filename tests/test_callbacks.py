@@ -44,6 +44,7 @@ def hugging_face_trainer(
         logging_steps=4,
         per_device_train_batch_size=4,
         use_cpu=True,
+        max_grad_norm=0.0,
         report_to=[],
         disable_tqdm=True,
         save_strategy="no",

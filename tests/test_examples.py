@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +142,49 @@ def test_profile_training_refuses_before_it_trains(
         example("profile_training").main(line)
     assert ended.value.code == 2
     assert line[0] in capsys.readouterr().err
+
+
+# The packages that they need, and the shortest training.
+LOOPS = {
+    "huggingface": (["transformers", "accelerate"], "--steps", 10),
+    "accelerate_loop": (["accelerate"], "--epochs", 2),
+    "lightning_module": (["lightning"], "--epochs", 2),
+    "titan_loop": ([], "--steps", 20),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_of_others_learn_and_go_on_from_a_checkpoint(name: str) -> None:
+    packages, option, length = LOOPS[name]
+    for package in packages:
+        pytest.importorskip(package)
+    # Accelerate and Lightning keep a state for the whole process. On one thread: on a busy machine,
+    # steps as small as these wait for each other's threads longer than they take.
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), option, str(length)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    printed = done.stdout
+    assert "clipped twice" not in done.stderr
+    first, last = re.findall(r"loss: (\S+) at first, (\S+) at last", printed)[0]
+    assert float(last) < float(first)
+    assert "the same bits" in printed
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_of_others_refuse_before_they_train(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packages, option, _ = LOOPS[name]
+    for package in packages:
+        pytest.importorskip(package)
+    with pytest.raises(SystemExit) as ended:
+        example(name).main([option, "1"])
+    assert ended.value.code == 2
+    assert option in capsys.readouterr().err
 
 
 F32, BF16 = torch.float32, torch.bfloat16

@@ -290,6 +290,8 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
             or not table.plan.matches(groups, self.state, flags)
             or self._others_moved(table)
         ):
+            if clipped is not None and clipped.clips:
+                self._clipped.warn_of_trainer(self)
             table, is_new = self._build(flags), True
             if not table.plan.matches(groups, self.state, flags):
                 raise RuntimeError("the parameters changed while step() was looking at them")

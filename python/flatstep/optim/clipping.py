@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from flatstep import _core, reference
 from flatstep._torch import STORED
 from flatstep.optim import extras, gpu
 from flatstep.optim.routes import grad_of, in_order_of, is_dense, is_plain, local_of
+from flatstep.optim.trainers import Suspicion, warn_of_trainer
 
 
 class Asked(NamedTuple):
@@ -21,6 +22,7 @@ class Asked(NamedTuple):
     norm_type: float
     raises: bool
     skips: bool
+    clips: bool
 
     @property
     def largest(self) -> bool:
@@ -47,6 +49,7 @@ def asked(groups: Sequence[Mapping[str, Any]]) -> Asked | None:
         norm_types.pop(),
         any(extras.option(group, "error_if_nonfinite") for group in wanting),
         any(extras.option(group, "skip_nonfinite") for group in wanting),
+        any(extras.option(group, "max_grad_norm") is not None for group in wanting),
     )
 
 
@@ -79,6 +82,8 @@ class Outcome:
         ahead: What the next step is to use in place of a pass of its own: the sum of squares or the
             largest magnitude of the gradients, or the one on the GPU, and whether it is the latter.
         there: The norm on a GPU, once there has been one.
+        suspicion: What looks for clipping by others at the first steps.
+        knows_trainer: Whether it has been asked who else clips.
     """
 
     norm: float | gpu.Norm | None = None
@@ -86,6 +91,8 @@ class Outcome:
     skipped: int = 0
     ahead: tuple[float | gpu.Norm, bool] | None = None
     there: gpu.Norm | None = None
+    suspicion: Suspicion | None = field(default_factory=Suspicion)
+    knows_trainer: bool = False
 
     def as_tensor(self) -> torch.Tensor | None:
         """The last norm, 0-dim, in float32, or float64 where there are float64 parameters."""
@@ -110,6 +117,13 @@ class Outcome:
         ahead, self.ahead = self.ahead, None
         return ahead[0] if ahead is not None and ahead[1] == largest else None
 
+    def warn_of_trainer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warns, once, where the trainer that calls this optimizer clips as well."""
+        if not self.knows_trainer:
+            self.knows_trainer = True
+            if warn_of_trainer(optimizer):
+                self.suspicion = None
+
     def leave_there(
         self, plan: _core.Plan, of: Asked, inputs: gpu.Inputs, norm: gpu.Norm, is_double: bool
     ) -> None:
@@ -127,6 +141,8 @@ class Outcome:
         """
         self.norm, self.is_double = norm, is_double
         if math.isfinite(norm):
+            if self.suspicion is not None and of.clips and not self.suspicion.look(norm):
+                self.suspicion = None
             return True
         if of.raises:
             raise RuntimeError(
