@@ -365,6 +365,8 @@ def advice(report: Report) -> list[str]:
             "`--against package.module:Class` your own optimizer; "
             f"`{verify}` proves the bits"
         )
+    elif report.measured_passes or report.measured_sweeps:
+        lines.append("`--html report.html` draws this, `--json FILE` keeps it")
     return lines
 
 
