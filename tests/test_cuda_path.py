@@ -203,6 +203,17 @@ def test_several_norms_have_the_reference_s_bits() -> None:
             assert norm == expected or (math.isnan(norm) and math.isnan(expected)), kind
 
 
+def test_a_check_for_overflow_makes_no_norm() -> None:
+    params = parameters(shapes=SHAPES)
+    give_gradients(params, 0)
+    opt = flatstep.AdamW(params, fused=True)
+    opt.step()
+    assert float(opt.check_gradients()) == 0.0  # type: ignore[arg-type]
+    params[0].grad[0, 0] = math.nan  # type: ignore[index]
+    assert float(opt.check_gradients()) == 1.0  # type: ignore[arg-type]
+    assert opt.grad_norm is None
+
+
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_norm_on_a_gpu_is_what_its_gradients_are(bad: float, norm_type: float) -> None:
@@ -273,6 +284,7 @@ def test_the_scaler_s_check_is_the_pass_that_the_norm_needs(
             params[1].grad[0] = math.inf  # type: ignore[index]
         scaler.step(opt)
         scaler.update()
+    assert opt.grad_norm is not None
     assert passes == [False, True, True, True]  # the first check is before there is a table
     assert scaler.get_scale() == 512.0
     assert opt.state[params[0]]["step"].item() == 3

@@ -73,7 +73,7 @@ class Outcome:
     """What became of an optimizer's norms.
 
     Attributes:
-        norm: The last one, where the host knows it, or None.
+        norm: The last one, or the one on the GPU, or None.
         is_double: Whether there are float64 parameters.
         skipped: How many steps the host has left out.
         ahead: What the next step is to use in place of a pass of its own: the sum of squares or the
@@ -81,7 +81,7 @@ class Outcome:
         there: The norm on a GPU, once there has been one.
     """
 
-    norm: float | None = None
+    norm: float | gpu.Norm | None = None
     is_double: bool = False
     skipped: int = 0
     ahead: tuple[float | gpu.Norm, bool] | None = None
@@ -90,9 +90,9 @@ class Outcome:
     def as_tensor(self) -> torch.Tensor | None:
         """The last norm, 0-dim, in float32, or float64 where there are float64 parameters."""
         dtype = torch.float64 if self.is_double else torch.float32
-        if self.norm is not None:
-            return torch.tensor(self.norm, dtype=dtype)
-        return None if self.there is None else self.there.as_tensor(dtype)
+        if isinstance(self.norm, gpu.Norm):
+            return self.norm.as_tensor(dtype)
+        return None if self.norm is None else torch.tensor(self.norm, dtype=dtype)
 
     def count_skipped(self) -> int:
         """How many steps were left out, on the host and on a GPU."""
@@ -117,7 +117,7 @@ class Outcome:
         if self.take_ahead(of.largest) is not norm:
             norm.add_up(plan, largest=of.largest)
         norm.judge(inputs, largest=of.largest)
-        self.norm, self.is_double = None, is_double
+        self.norm, self.is_double = norm, is_double
 
     def judge(self, norm: float, of: Asked, is_double: bool) -> bool:
         """Whether the step may go on.

@@ -30,7 +30,7 @@ from flatstep.profiling.text import machine_line, ms, percent, ratio
 STYLES = {"faster": "green", "slower": "yellow", "fails in B": "red", "unsure": "dim"}
 FAILS = "bold red"
 ONE_SIDED = ("only in A", "only in B")
-AGAIN_SECONDS = 300
+AGAIN = "--seconds 300 --json again.json"
 COMMANDS_SHOWN = 3
 WIDE = 100  # columns
 UNITS: dict[Unit, str] = {
@@ -103,9 +103,10 @@ def _print_machines(
         )
     if comparison.limits is not None:
         grown = comparison.limits
+        said = f"{abs(grown):.1%} {'more' if grown > 0 else 'less'} time" if grown else "as long"
         console.print(
-            f"B's machine took {abs(grown):.1%} {'more' if grown > 0 else 'less'} time for the "
-            "same memory traffic, so changes are those of each time ÷ the limit in its own run"
+            f"B's machine took {said} for the same memory traffic, so changes are those of each "
+            "time ÷ the limit in its own run"
         )
     console.print()
 
@@ -180,13 +181,10 @@ def advice(comparison: Comparison, a: Path) -> list[str]:
     else:
         lines.append(f"{said} nowhere: hold the next run against the second file")
     options = list(dict.fromkeys(row.again for row in slow or blind))
-    if len(options) > COMMANDS_SHOWN:
-        options = [f"[the options of {a}]"]
-    lines += [
-        f"`flatstep profile {each} --seconds {AGAIN_SECONDS} --json again.json`, then "
-        f"`flatstep compare {a} again.json`"
-        for each in options
-    ]
+    commands = [f"`flatstep profile {each} {AGAIN}`" for each in options]
+    if len(commands) > COMMANDS_SHOWN:
+        commands = [f"`flatstep profile`, with the options of the first run and `{AGAIN}`"]
+    lines += [f"{each}, then `flatstep compare {a} again.json`" for each in commands]
     return [line for line in lines if line]
 
 

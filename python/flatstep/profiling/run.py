@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 
 import flatstep
 from flatstep._torch import DTYPES
+from flatstep.cli import processor
 from flatstep.profiling import memory, passes, training
 from flatstep.profiling.case import Ground, bytes_of, measure
 from flatstep.profiling.device import Device, device_named
@@ -496,12 +496,8 @@ def seconds_of_others() -> float:
 
 
 def _machine(device: Device) -> Machine:
-    try:
-        names = re.findall(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
     return Machine(
-        cpu=names[0] if names else platform.processor() or platform.machine(),
+        cpu=processor(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         isa=flatstep.cpu_isa(),

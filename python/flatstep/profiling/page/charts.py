@@ -19,6 +19,7 @@ from flatstep.profiling.results import (
     Report,
     Result,
     Sweep,
+    TrainingResult,
 )
 from flatstep.profiling.text import (
     bucket_name,
@@ -304,7 +305,9 @@ def draw_buckets(case: Case, looks: Looks) -> go.Figure:
         if bucket.is_timed
     ]
     title = "ns for each parameter"
-    return draw_dots(rows, looks, lambda _, r: r.ns_per_parameter, title, type="log", dtick="D2")
+    return draw_dots(
+        rows, looks, lambda _, r: r.ns_per_parameter, title, type="log", dtick="D2", tickformat="~g"
+    )
 
 
 # ---- roofline
@@ -364,7 +367,7 @@ def draw_roofline(report: Report, looks: Looks) -> go.Figure:
         tickvals=powers,
         ticktext=[format_bytes(power) for power in powers],
     )
-    figure.update_yaxes(type="log", title_text="GB/s", dtick=1)
+    figure.update_yaxes(type="log", title_text="GB/s", dtick=1, tickformat="~g")
     return figure
 
 
@@ -413,7 +416,7 @@ def draw_sweep(
     if by_point:
         figure.update_yaxes(title_text=y_title, rangemode="tozero")
     else:
-        figure.update_yaxes(title_text=y_title, type="log", dtick=1)
+        figure.update_yaxes(title_text=y_title, type="log", dtick=1, tickformat="~g")
     return figure
 
 
@@ -487,21 +490,27 @@ def draw_training(report: Report, looks: Looks) -> go.Figure:
         )
     figure.update_xaxes(title_text="ms")
     figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"color": palette.ink})
-    totals = [
-        sum(t.median * 1e3 for t in phase if t)
-        for phase in zip(*(t for t, _ in phases.values()), strict=True)
+    ends = [
+        sum(timing.median * 1e3 for timing in way if timing)
+        for way in zip(*(timings for timings, _ in phases.values()), strict=True)
     ]
     figure.add_scatter(
-        x=totals,
+        x=ends,
         y=names,
         mode="text",
-        text=[f" {significant(total)}" for total in totals],
+        text=[f" {_together(way)}" for way in ways],
         textposition="middle right",
         cliponaxis=False,
         hoverinfo="skip",
     )
-    figure.update_xaxes(range=[0, 1.18 * max(totals)])
+    figure.update_xaxes(range=[0, 1.18 * max(ends)])
     return figure
+
+
+def _together(way: TrainingResult) -> str:
+    """Milliseconds of all phases, as they were measured together."""
+    timings = [timing for timing in (way.forward, way.total) if timing]
+    return significant(1e3 * sum(timing.median for timing in timings))
 
 
 # ---- torch's calls

@@ -74,7 +74,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["code"] = _code
+    environment.filters.update(code=_code, capital=_capital)
     found = sections(report)
     return environment.get_template("page.html").render(
         report=report,
@@ -94,6 +94,11 @@ def render(report: Report) -> str:
 def _code(text: str) -> Markup:
     """A line whose commands stand between backticks."""
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _capital(text: str) -> str:
+    """A line that begins with a capital letter, but for flatstep's name."""
+    return text if text.startswith("flatstep") else text[:1].upper() + text[1:]
 
 
 def _figures(report: Report, found: list[Section]) -> dict[str, dict[str, Any]]:
@@ -132,36 +137,49 @@ def headline(report: Report) -> list[str]:
     """What flatstep saves here, and where it does not, in a few sentences."""
     races = [(case, ours, ours.to_torch) for case, ours in _races(report) if ours.to_torch]
     lines = []
-    if races:
+    if len(races) == 1:
+        [(case, _, share)] = races
+        lines += [
+            f"flatstep's update takes {_less(share)} time than torch's fastest",
+            f"measured on {case}",
+        ]
+    elif races:
         mean = statistics.geometric_mean(share for _, _, share in races)
-        lines.append(f"flatstep's updates take {_less(mean)} time than torch's fastest")
-        if len(races) > 1:
-            most, least = (pick(races, key=lambda race: race[2]) for pick in (min, max))
-            lines.append(
-                f"That is the geometric mean over {len(races)} updates, from {_less(most[2])} "
-                f"({most[0]}) to {_less(least[2])} ({least[0]})."
-            )
-        else:
-            lines.append(f"Measured on {races[0][0]}.")
+        most, least = (pick(races, key=lambda race: race[2]) for pick in (min, max))
+        lines += [
+            f"flatstep's updates take {_less(least[2], most[2])} time than torch's fastest",
+            f"the least is saved on {least[0]}, the most on {most[0]}; the geometric mean over "
+            f"{len(races)} is {_less(mean)}",
+        ]
     even = [str(case) for case, ours, _ in races if not _is_faster(case, ours)]
     if even:
-        lines.append(f"No gain beyond the noise: {'; '.join(even)}.")
+        lines.append(f"no gain beyond the noise: {'; '.join(even)}")
     passes = _passes_to_torch(report)
     if passes:
-        mean = statistics.geometric_mean(passes)
         lines.append(
-            f"Norms, clipping, averages and mixed precision, in the same pass, take {_less(mean)} "
-            f"time than torch's calls do: the geometric mean over {len(passes)}."
+            "norms, clipping, averages and mixed precision take "
+            f"{_less(statistics.geometric_mean(passes))} time than torch's calls, in the geometric "
+            f"mean over {len(passes)} passes"
+        )
+    totals = _totals_to_torch(report)
+    if totals and report.training:
+        lines.append(
+            f"in training, a step of {report.training.model} takes {_less(min(totals))} time than "
+            "with torch's fused"
         )
     return lines
 
 
-def _less(ratio_to_torch: float) -> str:
-    """How much less time a ratio means, in words."""
-    saved = 1 - ratio_to_torch
-    if abs(saved) < NOTHING:
+def _less(*ratios: float) -> str:
+    """How much less time one ratio to torch's means, or two, the larger first."""
+    saved = [1 - share for share in ratios]
+    said = [percent(abs(share)) if abs(share) >= NOTHING else "0%" for share in saved]
+    ways = ["less" if share > -NOTHING else "more" for share in saved]
+    if said == ["0%"]:
         return "no less"
-    return f"{percent(abs(saved))} {'less' if saved >= 0 else 'more'}"
+    if len(set(ways)) == 1:
+        return f"{' to '.join(dict.fromkeys(said))} {ways[0]}"
+    return " to ".join(f"{share} {way}" for share, way in zip(said, ways, strict=True))
 
 
 def _passes_to_torch(report: Report) -> list[float]:
@@ -188,8 +206,7 @@ def tiles(report: Report) -> list[Tile]:
         found.append(
             Tile(percent(statistics.median(shares)), "of the memory's limit, the median update")
         )
-    ways = [w for w in (report.training.results if report.training else []) if w.ours]
-    totals = [way.to_torch for way in ways if way.to_torch is not None]
+    totals = _totals_to_torch(report)
     if totals:
         found.append(Tile(f"{ratio(min(totals))}×", "time of a whole step beside torch's"))
     passes = _passes_to_torch(report)
@@ -197,6 +214,11 @@ def tiles(report: Report) -> list[Tile]:
         mean = statistics.geometric_mean(passes)
         found.append(Tile(f"{ratio(mean)}×", "time of a pass beside torch's calls"))
     return found
+
+
+def _totals_to_torch(report: Report) -> list[float]:
+    ways = report.training.results if report.training else []
+    return [way.to_torch for way in ways if way.ours and way.to_torch is not None]
 
 
 # ---- sections
