@@ -61,7 +61,8 @@ def conform(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console.print(f"{plan.subject.label}: {len(plan.rows)} cases, against {plan.subject.rule}")
+    cases_to_run = "1 case" if len(plan.rows) == 1 else f"{len(plan.rows)} cases"
+    console.print(f"{plan.subject.label}: {cases_to_run}, against {plan.subject.rule}")
     try:
         with _progress(console) as on_progress:
             found = runner.run(plan, jobs=jobs, on_progress=on_progress)
