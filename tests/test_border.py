@@ -110,13 +110,16 @@ def test_an_update_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     "changes",
     [
-        {"grad": 0},
-        {"grad": -8},
-        {"dtype": "int16"},
-        {"dtype": "float8"},
-        {"count": -1},
-        {"count": 2**70},
-        {"largest": "yes", "dtype": None},
+        {"grads": [0]},
+        {"grads": [-8]},
+        {"grads": []},
+        {"dtypes": ["int16"]},
+        {"dtypes": ["float8"]},
+        {"dtypes": []},
+        {"counts": [-1]},
+        {"counts": [2**70]},
+        {"counts": [COUNT, COUNT]},
+        {"largest": "yes", "dtypes": None},
         {"threads": "two"},
     ],
     ids=str,
@@ -124,15 +127,15 @@ def test_an_update_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> No
 def test_a_norm_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
     grad = np.ones(COUNT, np.float32)
     arguments = {
-        "grad": address(grad),
-        "dtype": "float32",
-        "count": COUNT,
+        "grads": [address(grad)],
+        "dtypes": ["float32"],
+        "counts": [COUNT],
         "largest": False,
         "threads": 1,
     }
-    assert _core.norm(**arguments) == COUNT
+    assert _core.norms(**arguments) == [COUNT]
     with pytest.raises(REFUSED):
-        _core.norm(**arguments | changes)
+        _core.norms(**arguments | changes)
 
 
 def test_an_unknown_rule_is_answered_with_those_that_exist() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 TOOLS = ("typer", "rich", "matplotlib")  # what the extra `tools` brings
+CPUINFO = Path("/proc/cpuinfo")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -62,6 +63,7 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "processor": processor(),
         "instruction set": f"{flatstep.cpu_isa()} (FLATSTEP_ISA chooses another)",
         "in this build": ", ".join(isas),
         "on this processor": ", ".join(name for name, supported in isas.items() if supported),
@@ -73,6 +75,15 @@ def facts() -> dict[str, str]:
         "huge pages": _huge_pages(),
         "GPUs": str(_core.gpu_count()) if _core.gpu_count() else f"none: {_core.gpu_absence()}",
     }
+
+
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _huge_pages() -> str:

@@ -21,8 +21,7 @@ from rich.progress import (
 from flatstep.cli import facts
 from flatstep.conformance import report, runner
 from flatstep.conformance.results import Result
-
-INTERRUPTED = 130  # the shell's code for Ctrl-C
+from flatstep.verify.progress import INTERRUPTED
 
 
 def conform(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from flatstep import _core, reference
 from flatstep.conformance.bounds import Bounded, BoundedMath
+from flatstep.verify import ulp
 from flatstep.verify.cases import FORMATS, Bits
 from flatstep.verify.results import Value
-from flatstep.verify.torch_distance import ulp_distance
 
 # The rule that a subject follows, by the reference's name.
 FAMILY = {"adam": "adam", "adamw": "adam", "rmsprop": "rmsprop", "sgd": "sgd"}
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": _BOTH | {"momentum": 0.0, "dampening": 0.0, "nesterov": False},
 }
 
-_STATES = {
+STATES = {
     rule["name"]: sorted({name for _, states in rule["variants"] for name in states})
     for rule in _core.rules()
 }
@@ -120,7 +120,7 @@ class Truth:
         self.dtype = name_of(param.dtype)
         self.count = 0
         self.stored = self._storage(param)
-        names = _STATES[FAMILY[rule]]
+        names = STATES[FAMILY[rule]]
         self.states = {name: np.zeros_like(self.stored) for name in names}
         self._exact = self._wide(param)
         zero = self._wide(torch.zeros_like(param))
@@ -180,7 +180,7 @@ class Truth:
             off = np.abs(wide - self._exact.value)
         finite = np.isfinite(self._exact.value)
         wrong = np.where(finite, ~(off <= self._exact.error), np.isfinite(wide))
-        apart = ulp_distance(got, expected, self.dtype)
+        apart = ulp.distance(got, expected, self.dtype)
         apart = apart[np.isfinite(wide) & finite]
         places = np.flatnonzero(wrong).tolist()
         first = float(self._exact.error[places[0]]) if places else math.nan

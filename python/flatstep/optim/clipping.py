@@ -11,8 +11,8 @@ import torch
 
 from flatstep import _core, reference
 from flatstep._torch import STORED
-from flatstep.optim import extras
-from flatstep.optim.routes import in_order_of, is_dense, is_plain, local_of
+from flatstep.optim import extras, gpu
+from flatstep.optim.routes import grad_of, in_order_of, is_dense, is_plain, local_of
 
 
 class Asked(NamedTuple):
@@ -21,6 +21,11 @@ class Asked(NamedTuple):
     norm_type: float
     raises: bool
     skips: bool
+
+    @property
+    def largest(self) -> bool:
+        """Whether the norm is the largest magnitude."""
+        return self.norm_type == math.inf
 
 
 def asked(groups: Sequence[Mapping[str, Any]]) -> Asked | None:
@@ -53,8 +58,14 @@ def _needs_norm(group: Mapping[str, Any]) -> bool:
 
 def factor(group: Mapping[str, Any], norm: float) -> float:
     """What a group's gradients are multiplied by."""
+    most = most_of(group)
+    return 1.0 if most < 0 else reference.clip_factor(norm, most)
+
+
+def most_of(group: Mapping[str, Any]) -> float:
+    """The norm that a group's gradients may have; negative where there is no limit."""
     most = extras.option(group, "max_grad_norm")
-    return 1.0 if most is None else reference.clip_factor(norm, float(most))
+    return -1.0 if most is None else float(most)
 
 
 @dataclass
@@ -62,28 +73,51 @@ class Outcome:
     """What became of an optimizer's norms.
 
     Attributes:
-        norm: The last one, or None.
+        norm: The last one, or the one on the GPU, or None.
         is_double: Whether there are float64 parameters.
-        skipped: How many steps it has left out.
+        skipped: How many steps the host has left out.
         ahead: What the next step is to use in place of a pass of its own: the sum of squares or the
-            largest magnitude of the gradients, and whether it is the latter.
+            largest magnitude of the gradients, or the one on the GPU, and whether it is the latter.
+        there: The norm on a GPU, once there has been one.
     """
 
-    norm: float | None = None
+    norm: float | gpu.Norm | None = None
     is_double: bool = False
     skipped: int = 0
-    ahead: tuple[float, bool] | None = None
+    ahead: tuple[float | gpu.Norm, bool] | None = None
+    there: gpu.Norm | None = None
 
     def as_tensor(self) -> torch.Tensor | None:
         """The last norm, 0-dim, in float32, or float64 where there are float64 parameters."""
-        if self.norm is None:
-            return None
-        return torch.tensor(self.norm, dtype=torch.float64 if self.is_double else torch.float32)
+        dtype = torch.float64 if self.is_double else torch.float32
+        if isinstance(self.norm, gpu.Norm):
+            return self.norm.as_tensor(dtype)
+        return None if self.norm is None else torch.tensor(self.norm, dtype=dtype)
 
-    def take_ahead(self, largest: bool) -> float | None:
+    def count_skipped(self) -> int:
+        """How many steps were left out, on the host and on a GPU."""
+        return self.skipped + (0 if self.there is None else self.there.skipped)
+
+    def on(self, index: int) -> gpu.Norm:
+        """The norm on a GPU."""
+        if self.there is None or self.there.gpu != index:
+            self.skipped = self.count_skipped()
+            self.there = gpu.Norm(index)
+        return self.there
+
+    def take_ahead(self, largest: bool) -> float | gpu.Norm | None:
         """What was computed ahead of this step, if it is of the wanted kind."""
         ahead, self.ahead = self.ahead, None
         return ahead[0] if ahead is not None and ahead[1] == largest else None
+
+    def leave_there(
+        self, plan: _core.Plan, of: Asked, inputs: gpu.Inputs, norm: gpu.Norm, is_double: bool
+    ) -> None:
+        """Finds the norm on a GPU, which makes of it what the host would."""
+        if self.take_ahead(of.largest) is not norm:
+            norm.add_up(plan, largest=of.largest)
+        norm.judge(inputs, largest=of.largest)
+        self.norm, self.is_double = norm, is_double
 
     def judge(self, norm: float, of: Asked, is_double: bool) -> bool:
         """Whether the step may go on.
@@ -104,20 +138,50 @@ class Outcome:
         return not of.skips
 
 
-def part(param: torch.Tensor, largest: bool) -> float | torch.Tensor:
-    """The sum of squares, or the largest magnitude, of a gradient in its parameter's order.
+def parts(params: Sequence[torch.Tensor], largest: bool) -> list[float]:
+    """The sum of squares, or the largest magnitude, of each gradient, in its parameter's order.
 
-    What no kernel reads, such as a gradient on a GPU, goes through torch's operations, and is not
-    waited for.
+    What no kernel reads goes through torch's operations. Each GPU is waited for.
     """
-    assert param.grad is not None
-    grad, param = local_of(param.grad), local_of(param)
-    if grad.layout == torch.strided and is_plain(grad) and grad.device.type == "cpu":
-        dense = param if is_plain(param) and is_dense(param) else torch.empty_like(param)
-        memory = in_order_of(grad, dense)
-        count = memory.numel() * (2 if memory.is_complex() else 1)
-        kind = STORED[memory.dtype]
-        return _core.norm(memory.data_ptr(), kind, count, largest, torch.get_num_threads())
+    by_kernels: dict[torch.device, dict[int, torch.Tensor]] = {}
+    by_torch: dict[torch.device, dict[int, torch.Tensor]] = {}
+    for place, param in enumerate(params):
+        memory = _memory(param)
+        kind, tensor = (
+            (by_torch, _by_torch(param, largest)) if memory is None else (by_kernels, memory)
+        )
+        kind.setdefault(tensor.device, {})[place] = tensor
+    found: dict[int, float] = {}
+    for device, memories in by_kernels.items():
+        norms = _by_kernels([*memories.values()], largest, device)
+        found.update(zip(memories, norms, strict=True))
+    for there in by_torch.values():
+        found.update(zip(there, torch.stack([*there.values()]).tolist(), strict=True))
+    return [found[place] for place in range(len(params))]
+
+
+def _memory(param: torch.Tensor) -> torch.Tensor | None:
+    """A gradient in its parameter's order, where a kernel reads it."""
+    grad, param = local_of(grad_of(param)), local_of(param)
+    if grad.layout != torch.strided or not is_plain(grad):
+        return None
+    dense = param if is_plain(param) and is_dense(param) else torch.empty_like(param)
+    return in_order_of(grad, dense)
+
+
+def _by_kernels(
+    memories: Sequence[torch.Tensor], largest: bool, device: torch.device
+) -> list[float]:
+    addresses = [memory.data_ptr() for memory in memories]
+    kinds = [STORED[memory.dtype] for memory in memories]
+    counts = [memory.numel() * (2 if memory.is_complex() else 1) for memory in memories]
+    if device.type == "cpu":
+        return _core.norms(addresses, kinds, counts, largest, torch.get_num_threads())
+    return gpu.norms(addresses, kinds, counts, largest, device.index)
+
+
+def _by_torch(param: torch.Tensor, largest: bool) -> torch.Tensor:
+    grad = local_of(grad_of(param))
     if grad.layout != torch.strided:
         grad = grad.coalesce().values()
     values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
@@ -128,19 +192,8 @@ def part(param: torch.Tensor, largest: bool) -> float | torch.Tensor:
 
 def total(params: Sequence[torch.Tensor], largest: bool) -> float:
     """The same of all gradients that there are."""
-    parts = [part(param, largest) for param in params if param.grad is not None]
-    devices = {x.device for x in parts if isinstance(x, torch.Tensor)}
-    waited = {
-        device: iter(
-            torch.stack(
-                [x for x in parts if isinstance(x, torch.Tensor) and x.device == device]
-            ).tolist()
-        )
-        for device in devices
-    }
     found = 0.0
-    for x in parts:
-        own = next(waited[x.device]) if isinstance(x, torch.Tensor) else x
+    for own in parts([param for param in params if param.grad is not None], largest):
         if largest:
             found = found if found > own or found != found else own
         else:

@@ -87,6 +87,13 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def grad_of(param: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter that has one."""
+    grad = param.grad
+    assert grad is not None
+    return grad
+
+
 def is_on_gpu(tensor: torch.Tensor) -> bool:
     """Whether the tensor is on a GPU that this build has kernels for."""
     return tensor.device.type == "cuda" and _core.gpu_count() > 0

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from time import perf_counter
 
 import torch
 
 import flatstep
 from flatstep._torch import DTYPES
+from flatstep.cli import processor
 from flatstep.profiling import memory, passes, training
 from flatstep.profiling.case import measure
 from flatstep.profiling.check import Sample
@@ -337,12 +336,8 @@ class _Session:
 
 
 def _machine(device: Device) -> Machine:
-    try:
-        names = re.findall(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
     return Machine(
-        cpu=names[0] if names else platform.processor() or platform.machine(),
+        cpu=processor(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         isa=flatstep.cpu_isa(),

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 import flatstep
+from flatstep.accuracy.command import measure_accuracy
 from flatstep.cli import facts
-from flatstep.conformance.command import INTERRUPTED, conform
+from flatstep.conformance.command import conform
 from flatstep.conformance.report import list_cases as show_cases
 from flatstep.verify import cases, runner
+from flatstep.verify.progress import INTERRUPTED, progress_bar
 from flatstep.verify.report import show
 from flatstep.verify.results import Report
-from flatstep.verify.runner import OnProgress
 
 
 def _only(what: str, metavar: str) -> Any:
@@ -66,6 +58,18 @@ def verify(
     torch: Annotated[
         bool, typer.Option("--torch/--no-torch", help="Measure the distance to torch.optim too.")
     ] = True,
+    accuracy: Annotated[
+        bool,
+        typer.Option(
+            "--accuracy",
+            help="Measure how far each implementation here is from the float64 truth after 1, 20 "
+            "and 1000 steps.",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --accuracy: draw the distances here.", metavar="FILE"),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--json", help="Write the report here.", metavar="FILE")
     ] = None,
@@ -98,14 +102,45 @@ def verify(
 
     With `--optimizer`, hold any class with torch.optim's interface against its rule: `--rule` says
     which one where the name of the class does not, `--dtype` and `--size` narrow the cases.
+
+    With `--accuracy`, measure how far this class, flatstep, torch and others are from the truth.
     """
     console = Console(highlight=False)
-    for path in (output, junit):
-        if path and not path.absolute().parent.is_dir():
+    for path in (output, junit, plot):
+        if path is not None and not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no directory {path.parent}")
     if list_cases:
         show_cases(console)
         raise typer.Exit
+    if accuracy:
+        _refuse(
+            {
+                "--variant": variant,
+                "--isa": isa,
+                "--threads": threads,
+                "--size": size,
+                "--setup": setup,
+                "--seed": seed,
+                "--no-torch": not torch,
+                "--case": case,
+                "--jobs": jobs,
+                "--timeout": timeout,
+                "--junit": junit,
+            },
+            "does not go with --accuracy: leave one of them out",
+        )
+        code = measure_accuracy(
+            console,
+            optimizer,
+            options or [],
+            rules=rule,
+            dtypes=dtype,
+            quick=quick,
+            output=output,
+            picture=plot,
+        )
+        raise typer.Exit(code)
+    _refuse({"--plot": plot}, "needs --accuracy")
     if optimizer is not None:
         _refuse(
             {
@@ -164,10 +199,10 @@ def verify(
             f"{', '.join(report.isas)}; threads {', '.join(map(str, report.threads))}; "
             f"seed {seed}",
         )
-        with _progress(console, "the reference") as on_progress:
+        with progress_bar(console, "the reference") as on_progress:
             runner.compare(selection, report, on_progress)
         if torch:
-            with _progress(console, "torch.optim") as on_progress:
+            with progress_bar(console, "torch.optim") as on_progress:
                 runner.measure(selection, report, on_progress)
     except KeyboardInterrupt:
         report.interrupted = True
@@ -182,22 +217,3 @@ def _exit_code(report: Report) -> int:
     if report.interrupted:
         return INTERRUPTED
     return 0 if report.ok else 1
-
-
-@contextmanager
-def _progress(console: Console, against: str) -> Iterator[OnProgress]:
-    """A bar with the time left, on a terminal only."""
-    with Progress(
-        TextColumn("against {task.fields[against]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task: TaskID = progress.add_task("", against=against, total=None)
-        yield lambda done, total, what: progress.update(
-            task, completed=done, total=total, description=what
-        )
