@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -21,9 +21,9 @@ from flatstep.conformance import cases as _  # noqa: F401 - fills the registry
 from flatstep.conformance.registry import CASES, FLOATS, Case
 from flatstep.conformance.results import Evidence, Outcome, Report, Result
 from flatstep.subjects import RULES_BY_NAME, Subject, subject
+from flatstep.verify.runner import OnProgress
 
 TIMEOUT = 60.0  # seconds for one case
-OnProgress = Callable[[int, int, Result], None]
 
 # Forking a process that has loaded Apple's frameworks is not safe.
 CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
@@ -114,7 +114,7 @@ def run(plan: Plan, *, jobs: int | None = None, on_progress: OnProgress | None =
     Args:
         plan: What to run.
         jobs: How many processes at a time; None: one for each core, four at most.
-        on_progress: Called after each case with how many are done, of how many, and its result.
+        on_progress: Called after each case with how many are done, of how many, and its name.
 
     Raises:
         RuntimeError: The optimizer cannot be imported in another process.
@@ -145,7 +145,7 @@ def run(plan: Plan, *, jobs: int | None = None, on_progress: OnProgress | None =
                 for future in done:
                     results[pending[future]] = future.result()
                     if on_progress is not None:
-                        on_progress(len(results), len(plan.rows), future.result())
+                        on_progress(len(results), len(plan.rows), future.result().name)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
