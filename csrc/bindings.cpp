@@ -112,16 +112,48 @@ void update(const std::string& rule_name, unsigned variant, int layout, std::uin
   run_update({{work, count, find_kernel(rule, variant, layout), false}}, threads);
 }
 
-double norm(std::uintptr_t grad, const std::string& dtype, std::int64_t count, bool largest,
-            int threads) {
+Gradient gradient_of(std::uintptr_t grad, const std::string& dtype, std::int64_t count) {
   for (const Types& types : layouts()) {
     if (dtype != name_of(types.grad)) continue;
     if (count < 0 || (count > 0 && !grad)) throw std::invalid_argument("there is no such gradient");
-    threads = available_threads(threads);
-    const py::gil_scoped_release others_may_run;
-    return run_norms({{pointer(grad), types.grad, count}}, largest, threads).front();
+    return {pointer(grad), types.grad, count};
   }
   throw std::invalid_argument("there are no gradients of dtype '" + dtype + "'");
+}
+
+double norm(std::uintptr_t grad, const std::string& dtype, std::int64_t count, bool largest,
+            int threads) {
+  const Gradient gradient = gradient_of(grad, dtype, count);
+  threads = available_threads(threads);
+  const py::gil_scoped_release others_may_run;
+  return run_norms({gradient}, largest, threads).front();
+}
+
+using RawGradient = std::tuple<std::uintptr_t, std::string, std::int64_t>;
+
+py::bytes tile_norms(const std::vector<RawGradient>& raw, bool largest, int threads) {
+  std::vector<Gradient> gradients;
+  for (const auto& [grad, dtype, count] : raw) {
+    gradients.push_back(gradient_of(grad, dtype, count));
+  }
+  threads = available_threads(threads);
+  std::vector<double> tiles;
+  {
+    const py::gil_scoped_release others_may_run;
+    tiles = run_tile_norms(gradients, largest, threads);
+  }
+  return {reinterpret_cast<const char*>(tiles.data()), tiles.size() * sizeof(double)};
+}
+
+double total_of_tiles(std::uintptr_t tiles, const std::vector<std::int64_t>& counts, bool largest) {
+  std::vector<double> norms;
+  const double* next = pointer<double>(tiles);
+  for (const std::int64_t count : counts) {
+    if (count < 0 || (count > 0 && !tiles)) throw std::invalid_argument("there are no such tiles");
+    norms.push_back(add_norms(next, count, largest));
+    next += count;
+  }
+  return add_norms(norms.data(), static_cast<std::int64_t>(norms.size()), largest);
 }
 
 void update_on_gpu(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
@@ -202,6 +234,8 @@ PYBIND11_MODULE(_core, module) {
              "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0, "seed"_a = 0,
              "count_of_step"_a = 1, "first"_a = 0);
   module.def("norm", &norm, "grad"_a, "dtype"_a, "count"_a, "largest"_a, "threads"_a);
+  module.def("tile_norms", &tile_norms, "gradients"_a, "largest"_a, "threads"_a);
+  module.def("total_of_tiles", &total_of_tiles, "tiles"_a, "counts"_a, "largest"_a);
   module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
              "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a,
              "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0,
@@ -212,10 +246,10 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Plan>(module, "Plan")
       .def(py::init<const std::string&>(), "rule"_a)
-      .def("begin", &Plan::begin, "variants"_a, "first"_a = 0)
-      .def("add", &Plan::add, "group"_a, "param"_a, "states"_a, "step"_a, "first_step"_a,
+      .def("begin", &Plan::begin, "variants"_a)
+      .def("add", &Plan::add, "group"_a, "param"_a, "first"_a, "states"_a, "step"_a, "first_step"_a,
            "cleared"_a)
-      .def("add_other", &Plan::add_other, "group"_a, "param"_a, "count"_a, "without_gradient"_a)
+      .def("add_other", &Plan::add_other, "group"_a, "param"_a, "without_gradient"_a)
       .def("end", &Plan::end, "state"_a)
       .def("matches", &Plan::matches, "groups"_a, "state"_a, "variants"_a)
       .def("updated", &Plan::updated)

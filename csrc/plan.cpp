@@ -109,14 +109,13 @@ unsigned Plan::mask_of(const Row& row) const {
   return rule_.state_masks.at(variant_of(row) & kFlagMask);
 }
 
-void Plan::begin(const std::vector<unsigned>& variants, std::uint32_t first) {
+void Plan::begin(const std::vector<unsigned>& variants) {
   for (const unsigned variant : variants) {
     const std::string why = refusal(rule_, variant & ~kExtraMask, 0);
     if (!why.empty()) throw std::invalid_argument(why);
   }
   release();
   variants_ = variants;
-  elements_ = first;
   rows_.clear();
   dims_.clear();
   state_tensors_.clear();
@@ -124,17 +123,16 @@ void Plan::begin(const std::vector<unsigned>& variants, std::uint32_t first) {
   state_values_.clear();
 }
 
-void Plan::add_other(int group, py::handle param, std::int64_t count, bool without_gradient) {
+void Plan::add_other(int group, py::handle param, bool without_gradient) {
   release();
   static_cast<void>(variants_.at(static_cast<std::size_t>(group)));
   rows_.push_back({.param = param.ptr(),
                    .group = group,
                    .kind = without_gradient ? Kind::kWithoutGradient : Kind::kElsewhere});
-  elements_ += static_cast<std::uint32_t>(count);
 }
 
-void Plan::add(int group, py::handle param, const py::list& states, const py::object& step,
-               std::optional<bool> first_step, const py::object& cleared) {
+void Plan::add(int group, py::handle param, std::uint32_t first, const py::list& states,
+               const py::object& step, std::optional<bool> first_step, const py::object& cleared) {
   release();
   Row row{.param = param.ptr(), .group = group, .kind = Kind::kUpdated};
   const unsigned mask = mask_of(row), variant = variant_of(row);
@@ -151,7 +149,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   row.device = view.device;
   row.dims = view.dims;
   row.count = view.count();
-  row.first = elements_;
+  row.first = first;
   row.arrays.param = view.data;
   row.first_dim = dims_.size();
   dims_.insert(dims_.end(), view.shape, view.shape + view.dims);
@@ -210,7 +208,6 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   }
   row.state_tensors = state_tensors_.size() - row.first_state;
   rows_.push_back(row);
-  elements_ += static_cast<std::uint32_t>(row.count / (row.is_complex ? 2 : 1));
 }
 
 void Plan::end(const py::dict& state) {

@@ -40,17 +40,16 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release(); }
 
-  // Empties the table. variants: of each group, the rule's flags and the extras. first: the number
-  // of the first element, for chance.
-  void begin(const std::vector<unsigned>& variants, std::uint32_t first);
-  // A parameter of so many elements that is updated elsewhere, or (without_gradient) that must have
-  // none to be skipped.
-  void add_other(int group, pybind11::handle param, std::int64_t count, bool without_gradient);
-  // A parameter that this plan updates. states: a tensor for each of the variant's states, its
+  // Empties the table. variants: of each group, the rule's flags and the extras.
+  void begin(const std::vector<unsigned>& variants);
+  // A parameter that is updated elsewhere, or (without_gradient) that must have none to be skipped.
+  void add_other(int group, pybind11::handle param, bool without_gradient);
+  // A parameter that this plan updates. first: the number of its first element, for chance. states:
+  // a tensor for each of the variant's states, its
   // master and its average, those that there are. step: a 0-dim float tensor that counts, or None.
   // first_step: whether none has been made, or None where the rule goes by the count.
   // cleared: the gradient that the step is to set to zero, which the caller keeps, or None.
-  void add(int group, pybind11::handle param, const pybind11::list& states,
+  void add(int group, pybind11::handle param, std::uint32_t first, const pybind11::list& states,
            const pybind11::object& step, std::optional<bool> first_step,
            const pybind11::object& cleared);
   void end(const pybind11::dict& state);
@@ -93,7 +92,7 @@ class Plan {
     PyObject* cleared = nullptr;
     int layout = 0;
     Types types = {Stored::kUnknown, Stored::kUnknown, Stored::kUnknown};
-    std::uint32_t first = 0;  // of the numbers of its elements among all parameters'
+    std::uint32_t first = 0;  // of the numbers of its elements
     bool is_complex = false;
     int device = kCpu;
     int dims = 0;
@@ -152,7 +151,6 @@ class Plan {
 
   const RuleInfo& rule_;
   std::vector<unsigned> variants_;  // of each group: the rule's flags, and extras
-  std::uint32_t elements_ = 0;      // of the rows so far
   std::vector<Row> rows_;
   std::vector<std::int64_t> dims_;
   HeldTensors state_tensors_;              // of each row, in the rule's order, then its step

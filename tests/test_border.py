@@ -228,6 +228,7 @@ class Setting:
         arguments = {
             "group": 0,
             "param": param,
+            "first": 0,
             "states": states,
             "step": step,
             "first_step": True,
@@ -362,7 +363,7 @@ def test_a_parameter_without_memory_is_refused(make: Callable[[], Any]) -> None:
     setting = Setting()
     states = [torch.zeros(COUNT), torch.zeros(COUNT)]
     with pytest.raises(REFUSED):
-        setting.plan.add(0, make(), states, torch.tensor(0.0), True, None)
+        setting.plan.add(0, make(), 0, states, torch.tensor(0.0), True, None)
 
 
 @not_memory
@@ -391,7 +392,7 @@ def test_a_parameter_with_gaps_is_refused(setting: Setting) -> None:
     wide = torch.ones(2 * COUNT)[::2]
     states = [torch.zeros_like(wide).copy_(wide), torch.zeros(2 * COUNT)[::2]]
     with pytest.raises(ValueError, match="parameter"):
-        setting.plan.add(0, wide, states, None, True, None)
+        setting.plan.add(0, wide, 0, states, None, True, None)
 
 
 @pytest.mark.parametrize("states", [[], [torch.zeros(COUNT)], [torch.zeros(COUNT)] * 3, None])

@@ -19,6 +19,8 @@ __all__: list[str] = [
     "layouts",
     "norm",
     "rules",
+    "tile_norms",
+    "total_of_tiles",
     "traffic",
     "update",
     "update_on_gpu",
@@ -32,6 +34,7 @@ class Plan:
         self,
         group: typing.SupportsInt | typing.SupportsIndex,
         param: typing.Any,
+        first: typing.SupportsInt | typing.SupportsIndex,
         states: list,
         step: typing.Any,
         first_step: bool | None,
@@ -41,13 +44,10 @@ class Plan:
         self,
         group: typing.SupportsInt | typing.SupportsIndex,
         param: typing.Any,
-        count: typing.SupportsInt | typing.SupportsIndex,
         without_gradient: bool,
     ) -> None: ...
     def begin(
-        self,
-        variants: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-        first: typing.SupportsInt | typing.SupportsIndex = 0,
+        self, variants: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
     ) -> None: ...
     def devices(self) -> list[int]: ...
     def end(self, state: dict) -> None: ...
@@ -110,6 +110,22 @@ def norm(
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> float: ...
 def rules() -> list: ...
+def tile_norms(
+    gradients: collections.abc.Sequence[
+        tuple[
+            typing.SupportsInt | typing.SupportsIndex,
+            str,
+            typing.SupportsInt | typing.SupportsIndex,
+        ]
+    ],
+    largest: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> bytes: ...
+def total_of_tiles(
+    tiles: typing.SupportsInt | typing.SupportsIndex,
+    counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    largest: bool,
+) -> float: ...
 def traffic(
     streams: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     written: typing.SupportsInt | typing.SupportsIndex,

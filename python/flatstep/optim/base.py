@@ -14,8 +14,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from flatstep import _core, flat, reference
-from flatstep._torch import increment_version
-from flatstep.optim import clipping, extras, gpu, release, torch_ops
+from flatstep._torch import connect_dtensor, increment_version
+from flatstep.optim import clipping, extras, gpu, release, sharding, torch_ops
 from flatstep.optim.extras import Extras
 from flatstep.optim.finding import Finding, grad_of
 from flatstep.optim.hooks import with_hooks
@@ -369,7 +369,8 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
             total = table.total(largest)
             table.plan.release()
         else:
-            total = clipping.total([found.param for found in self._find()], largest)
+            connect_dtensor()
+            total = sharding.total([found.param for found in self._find()], largest)
         self._clipped.ahead = (total, largest) if clipped is not None else None
         return math.isfinite(total)
 

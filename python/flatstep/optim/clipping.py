@@ -104,6 +104,24 @@ class Outcome:
         return not of.skips
 
 
+def memory_of(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor | None:
+    """A local gradient, or a copy, as memory in its parameter's order that a kernel can walk over.
+
+    None where it cannot.
+    """
+    if grad.layout != torch.strided or not is_plain(grad) or grad.device.type != "cpu":
+        return None
+    return in_order_of(
+        grad, param if is_plain(param) and is_dense(param) else torch.empty_like(param)
+    )
+
+
+def piece_of(memory: torch.Tensor) -> tuple[int, str, int]:
+    """The address, type and size of such memory, in numbers: a complex one is two."""
+    count = memory.numel() * (2 if memory.is_complex() else 1)
+    return memory.data_ptr(), STORED[memory.dtype], count
+
+
 def part(param: torch.Tensor, largest: bool) -> float | torch.Tensor:
     """The sum of squares, or the largest magnitude, of a gradient in its parameter's order.
 
@@ -111,13 +129,15 @@ def part(param: torch.Tensor, largest: bool) -> float | torch.Tensor:
     waited for.
     """
     assert param.grad is not None
-    grad, param = local_of(param.grad), local_of(param)
-    if grad.layout == torch.strided and is_plain(grad) and grad.device.type == "cpu":
-        dense = param if is_plain(param) and is_dense(param) else torch.empty_like(param)
-        memory = in_order_of(grad, dense)
-        count = memory.numel() * (2 if memory.is_complex() else 1)
-        kind = STORED[memory.dtype]
-        return _core.norm(memory.data_ptr(), kind, count, largest, torch.get_num_threads())
+    grad = local_of(param.grad)
+    memory = memory_of(grad, local_of(param))
+    if memory is None:
+        return part_elsewhere(grad, largest)
+    return _core.norm(*piece_of(memory), largest, torch.get_num_threads())
+
+
+def part_elsewhere(grad: torch.Tensor, largest: bool) -> torch.Tensor:
+    """The same of a local gradient through torch's operations."""
     if grad.layout != torch.strided:
         grad = grad.coalesce().values()
     values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
@@ -126,9 +146,8 @@ def part(param: torch.Tensor, largest: bool) -> float | torch.Tensor:
     return norm if largest else norm * norm
 
 
-def total(params: Sequence[torch.Tensor], largest: bool) -> float:
-    """The same of all gradients that there are."""
-    parts = [part(param, largest) for param in params if param.grad is not None]
+def numbers(parts: Sequence[float | torch.Tensor]) -> list[float]:
+    """The numbers in their places; each device is waited for once."""
     devices = {x.device for x in parts if isinstance(x, torch.Tensor)}
     waited = {
         device: iter(
@@ -138,9 +157,13 @@ def total(params: Sequence[torch.Tensor], largest: bool) -> float:
         )
         for device in devices
     }
+    return [next(waited[x.device]) if isinstance(x, torch.Tensor) else x for x in parts]
+
+
+def total(params: Sequence[torch.Tensor], largest: bool) -> float:
+    """The same of all gradients that there are."""
     found = 0.0
-    for x in parts:
-        own = next(waited[x.device]) if isinstance(x, torch.Tensor) else x
+    for own in numbers([part(param, largest) for param in params if param.grad is not None]):
         if largest:
             found = found if found > own or found != found else own
         else:

@@ -29,7 +29,7 @@ class Found:
     param: torch.Tensor
     name: str
     group: int
-    first: int  # element among those of all parameters
+    first: int  # element of what is here, among those of all parameters
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -126,6 +126,16 @@ def _refuse(found: Found, grad: torch.Tensor) -> None:
             f"{name} has shape {tuple(param.shape)}, but its gradient has {tuple(grad.shape)}; "
             "clear the gradient after changing a parameter's data"
         )
+    if is_dtensor(param) and any(p.is_partial() for p in param.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} has placements {param.placements}: an update of what is to be summed up over "  # type: ignore[attr-defined]
+            "ranks is not the sum of updates; redistribute it to Shard or Replicate"
+        )
+    if param.layout == grad.layout and is_dtensor(param) != is_dtensor(grad):
+        which, other = ("", " not") if is_dtensor(param) else (" not", "")
+        raise ValueError(
+            f"{name} is{which} a DTensor, but its gradient is{other}; make both DTensors or neither"
+        )
     if param.device != grad.device:
         raise ValueError(f"{name} is on {param.device}, but its gradient is on {grad.device}")
 
@@ -163,7 +173,6 @@ def route_of(found: Found, *, differentiable: bool) -> Route:
     local_param, local_grad = local_of(param), local_of(grad)
     if (
         differentiable
-        or (local_param is param) != (local_grad is grad)
         or (local_param is not param and param.placements != grad.placements)  # type: ignore[attr-defined]
         or not is_plain(local_param)
         or not is_plain(local_grad)

@@ -9,6 +9,7 @@ import torch
 from flatstep import _core, flat
 from flatstep.optim import clipping
 from flatstep.optim.routes import Found, Route
+from flatstep.optim.sharding import Norms
 from flatstep.optim.states import Wanted
 from flatstep.optim.weights import reconcile
 
@@ -40,6 +41,7 @@ class Table:
         only_gpus: Whether there are no others.
         is_double: Whether any parameter is float64.
         params: All parameters, in the order of the groups.
+        norms: Those of gradients that are sharded over ranks, where any are.
         seen: The masters' parameters' versions after the last step.
     """
 
@@ -55,6 +57,7 @@ class Table:
     only_gpus: bool
     is_double: bool
     params: list[torch.Tensor]
+    norms: Norms | None
     seen: int = -1
 
     def follow_masters(self) -> None:
@@ -69,6 +72,8 @@ class Table:
 
     def total(self, largest: bool) -> float:
         """The sum of squares, or the largest magnitude, of the gradients that the plan found."""
+        if self.norms is not None:
+            return self.norms.total(largest)
         if self.gpus:
             return clipping.total(self.params, largest)
         others = [

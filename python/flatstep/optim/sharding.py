@@ -1,0 +1,171 @@
+"""Parameters that lie on several ranks: where a shard is in the whole, and the norm over all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flatstep import _core, reference
+from flatstep._torch import is_dtensor
+from flatstep.optim import clipping
+from flatstep.optim.routes import local_of
+
+
+class Share(NamedTuple):
+    """What a rank has of a parameter.
+
+    Attributes:
+        first_element: Of the rank's first element, its number among the parameter's.
+        slots: How many partial norms the parameter has on all ranks together.
+        first: Of this rank's partial norms, the first.
+        own: How many they are.
+        groups: The process groups over which the parameter is sharded.
+        device: The type of device on which they communicate.
+    """
+
+    first_element: int
+    slots: int
+    first: int
+    own: int
+    groups: tuple[Any, ...] = ()
+    device: str = "cpu"
+
+
+def share_of(param: torch.Tensor) -> Share:
+    """This rank's share of a parameter.
+
+    One that is cut along its first dimension, as FSDP2 does, has a partial norm for each tile of
+    each shard, in the order of the ranks. One that is cut otherwise has one for each rank.
+    """
+    parts = 2 if param.is_complex() else 1
+    if not is_dtensor(param):
+        tiles = _tiles(param.numel() * parts)
+        return Share(0, tiles, 0, tiles)
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    if not cut:
+        tiles = _tiles(param.numel() * parts)
+        return Share(0, tiles, 0, tiles)
+    groups = tuple(mesh.get_group(dim) for dim in cut)
+    ranks, rank = 1, 0
+    for dim in cut:
+        ranks, rank = ranks * mesh.size(dim), rank * mesh.size(dim) + mesh.get_local_rank(dim)
+    if len(cut) > 1 or not _is_by_rows(placements[cut[0]]):
+        own = min(1, local_of(param).numel())
+        return Share(rank * -(-param.numel() // ranks), ranks, rank, own, groups, mesh.device_type)
+    rows = param.shape[0]
+    row = math.prod(param.shape[1:])
+    chunk = -(-rows // ranks)  # as torch.chunk: the last ranks may have fewer rows, or none
+    full, rest = divmod(rows, chunk) if chunk else (0, 0)
+    tiles, tiles_of_rest = _tiles(chunk * row * parts), _tiles(rest * row * parts)
+    return Share(
+        min(rank * chunk, rows) * row,
+        full * tiles + tiles_of_rest,
+        min(rank, full) * tiles + (tiles_of_rest if rank > full else 0),
+        tiles if rank < full else tiles_of_rest if rank == full else 0,
+        groups,
+        mesh.device_type,
+    )
+
+
+def first_element_of(param: torch.Tensor) -> int:
+    """The number of this rank's first element among the parameter's."""
+    return share_of(param).first_element if is_dtensor(param) else 0
+
+
+def _is_by_rows(placement: Any) -> bool:
+    """Whether it is just ``Shard(0)``; a strided one is of another class, or a subclass."""
+    return type(placement).__name__ == "Shard" and placement.dim == 0
+
+
+def _tiles(count: int) -> int:
+    return -(-count // reference.TILE)
+
+
+class Norms:
+    """The partial norms of all gradients, on all ranks, added up in one order.
+
+    Each rank writes its own into a vector of zeros with a place for every one of them, and the
+    vectors are added up over the ranks: one collective call for each process group. A zero changes
+    no bit of what it is added to, so that the order in which ranks are added does not matter; the
+    order that does is that of the vector, tile after tile and gradient after gradient. Every rank
+    joins, whatever it has of the parameters and whether they have gradients.
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor]) -> None:
+        self._params = list(params)
+        self._shares = [share_of(param) for param in params]
+        self._counts = [share.slots for share in self._shares]
+        starts = np.cumsum([0, *self._counts])
+        self._starts = [int(start) for start in starts[:-1]]
+        self._count = int(starts[-1])
+        places: dict[Any, list[np.ndarray]] = {}
+        self._devices: dict[Any, str] = {}
+        for start, share in zip(self._starts, self._shares, strict=True):
+            for group in share.groups:
+                places.setdefault(group, []).append(np.arange(start, start + share.slots))
+                self._devices[group] = share.device
+        self._places = {group: np.concatenate(of) for group, of in places.items()}
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether any parameter is sharded over ranks."""
+        return bool(self._places)
+
+    def total(self, largest: bool) -> float:
+        """The sum of squares, or the largest magnitude, of all gradients on all ranks."""
+        slots = np.zeros(self._count)
+        self._write_own(slots, largest)
+        for group, places in self._places.items():
+            there = torch.from_numpy(slots[places]).to(self._devices[group])
+            torch.distributed.all_reduce(there, group=group)
+            slots[places] = there.cpu().numpy()
+        return _core.total_of_tiles(slots.ctypes.data, self._counts, largest)
+
+    def _write_own(self, slots: np.ndarray, largest: bool) -> None:
+        walked, elsewhere = [], {}
+        for param, start, share in zip(self._params, self._starts, self._shares, strict=True):
+            if param.grad is None or not share.own:
+                continue
+            at = start + share.first
+            grad = _placed_alike(param)
+            memory = clipping.memory_of(grad, local_of(param))
+            if memory is None:
+                elsewhere[at] = clipping.part_elsewhere(grad, largest)
+            else:
+                walked.append((memory, at, share.own))
+        slots[list(elsewhere)] = clipping.numbers(list(elsewhere.values()))
+        gradients = [clipping.piece_of(memory) for memory, _, _ in walked]
+        tiles = np.frombuffer(_core.tile_norms(gradients, largest, torch.get_num_threads()))
+        begin = 0
+        for (_, at, own), (_, _, count) in zip(walked, gradients, strict=True):
+            mine = tiles[begin : begin + _tiles(count)]
+            begin += len(mine)
+            if own == len(mine):
+                slots[at : at + own] = mine
+            else:
+                slots[at] = _core.total_of_tiles(mine.ctypes.data, [len(mine)], largest)
+
+
+def _placed_alike(param: torch.Tensor) -> torch.Tensor:
+    """What lies on this rank of a gradient, once it is placed as its parameter is."""
+    grad: Any = param.grad
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local_of(grad)
+
+
+def norms_of(params: Sequence[torch.Tensor]) -> Norms | None:
+    """The norms of parameters some of which are sharded over ranks, or None where none is."""
+    norms = Norms(params) if any(map(is_dtensor, params)) else None
+    return norms if norms is not None and norms.are_shared else None
+
+
+def total(params: Sequence[torch.Tensor], largest: bool) -> float:
+    """The sum of squares, or the largest magnitude, of the gradients that there are."""
+    norms = norms_of(params)
+    return clipping.total(params, largest) if norms is None else norms.total(largest)
