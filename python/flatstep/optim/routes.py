@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,26 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     if is_dtensor(tensor):
         return tensor._local_tensor  # type: ignore[attr-defined, no-any-return]
     return tensor
+
+
+def as_placed(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A local tensor, as a DTensor placed like the other where that is one.
+
+    It shares the local one's memory, wherever that is: ``DTensor.from_local`` would move it to the
+    device of the mesh, and with it the states of parameters that are offloaded to the CPU.
+    """
+    if not is_dtensor(like):
+        return local
+    spec: Any = like._spec  # type: ignore[attr-defined]
+    meta = spec.tensor_meta._replace(dtype=local.dtype)
+    of_local = dataclasses.replace(spec, tensor_meta=meta)
+    placed: torch.Tensor = type(like)(local, of_local, requires_grad=False)  # type: ignore[call-overload]
+    return placed
+
+
+def bits_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same bits as another dtype of their size; ``DTensor.view`` would not keep them."""
+    return as_placed(local_of(tensor).view(dtype), tensor)
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
