@@ -410,7 +410,7 @@ def defined_norm(gradients: list[list[Tensor]], norm_type: float) -> float:
         for shard in shards:
             for tile in shard.reshape(-1).split(TILE):
                 if tile.numel():
-                    part = reference.norm_total([(tile.numpy(), "float32")], norm_type)
+                    part = reference.norm_total([(tile.numpy(), str(tile.dtype)[6:])], norm_type)
                     own = max(own, part) if norm_type == math.inf else own + part
         total = max(total, own) if norm_type == math.inf else total + own
     return reference.norm_of(total, norm_type, 1.0)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import distributed_cases
 import pytest
+import torch
+import torch.distributed as dist
 from distributed_pair import Pair
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import Parameter
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import flatstep
+from flatstep import reference
+from flatstep.optim import sharding
+
+TILE = reference.TILE
 
 
 class Pairs:
@@ -37,3 +52,93 @@ def pairs() -> Iterator[Pairs]:
 def test_on_two_ranks(name: str, pairs: Pairs) -> None:
     answers = pairs.get().run(name)
     assert not any(answers), "\n".join(f"rank {r}: {text}" for r, text in enumerate(answers))
+
+
+# ---- more ranks than two, one after the other in this process
+
+
+@contextmanager
+def pretended_rank(rank: int, world: int) -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield init_device_mesh("cpu", (world,))
+    finally:
+        dist.destroy_process_group()
+
+
+def shards_of(fulls: list[Tensor], rank: int, mesh: DeviceMesh) -> list[Tensor]:
+    """Of each tensor the rows that this rank has, as torch deals them out."""
+    found = []
+    for full in fulls:
+        rows = full.chunk(mesh.size())
+        own = rows[rank] if rank < len(rows) else full[:0]
+        found.append(
+            DTensor.from_local(
+                own.clone(),
+                mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=full.shape,
+                stride=full.stride(),
+            )
+        )
+    return found
+
+
+def norm_on_every_rank(
+    fulls: list[Tensor], world: int, norm_type: float, monkeypatch: pytest.MonkeyPatch
+) -> list[float]:
+    """Each rank's ``grad_norm``; what they send is added up in the order of the ranks reversed."""
+    sent: list[Tensor] = []
+    norms: list[float] = []
+
+    def step(rank: int) -> None:
+        with pretended_rank(rank, world) as mesh:
+            params = [Parameter(shard) for shard in shards_of(fulls, rank, mesh)]
+            for param, grad in zip(params, shards_of(fulls, rank, mesh), strict=True):
+                param.grad = grad
+            opt = flatstep.SGD(params, max_grad_norm=1.0, norm_type=norm_type)
+            opt.step()
+            assert opt.grad_norm is not None
+            norms.append(opt.grad_norm.item())
+
+    def send(tensor: Tensor, group: object) -> None:
+        sent.append(tensor.clone())
+
+    def receive(tensor: Tensor, group: object) -> None:
+        tensor.copy_(sum(reversed(sent), torch.zeros_like(tensor)))
+
+    for do in (send, receive):
+        monkeypatch.setattr(dist, "all_reduce", do)
+        for rank in range(world):
+            step(rank)
+    assert len(sent) == world
+    return norms[world:]
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_the_norm_does_not_depend_on_the_number_of_ranks(
+    norm_type: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where shards are cut at tile boundaries; 3, 5 and 6 ranks leave some with fewer rows."""
+    torch.set_default_dtype(torch.float64)  # of grad_norm: all its bits
+    fulls = [torch.randn(8, TILE), torch.randn(2, 3, TILE), torch.randn(7, TILE // 2, 2)]
+    alone = reference.norm([(full.numpy(), "float64") for full in fulls], norm_type)
+    for world in (1, 2, 3, 4, 5, 6, 8):
+        assert norm_on_every_rank(fulls, world, norm_type, monkeypatch) == [alone] * world
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 8])
+def test_uneven_shards_are_added_rank_after_rank(
+    world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(5, 3), (1,), (7, TILE // 3), (0, 2), (3, 0), (11,)]
+    fulls = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    shards = [list(full.chunk(world)) for full in fulls]
+    expected = distributed_cases.defined_norm(shards, 2.0)
+    assert norm_on_every_rank(fulls, world, 2.0, monkeypatch) == [expected] * world
+    for rank in range(world):
+        with pretended_rank(rank, world) as mesh:
+            for full, shard in zip(fulls, shards_of(fulls, rank, mesh), strict=True):
+                before = sum(part.numel() for part in full.chunk(world)[:rank])
+                assert sharding.share_of(shard).first_element == before
