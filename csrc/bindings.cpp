@@ -255,6 +255,13 @@ PYBIND11_MODULE(_core, module) {
       .def("updated", &Plan::updated)
       .def("norm", &Plan::norm, "largest"_a, "others"_a, "threads"_a)
       .def(
+          "write_norms",
+          [](Plan& plan, std::uintptr_t slots, const std::vector<std::int64_t>& places,
+             const std::vector<std::int64_t>& owns, bool largest, int threads) {
+            return plan.write_norms(pointer<double>(slots), places, owns, largest, threads);
+          },
+          "slots"_a, "places"_a, "owns"_a, "largest"_a, "threads"_a)
+      .def(
           "step",
           [](Plan& plan, const std::vector<std::vector<double>>& hyper,
              const std::vector<double>& scales, int threads, const RawInputs& raw,

@@ -469,14 +469,19 @@ std::vector<int> Plan::devices() const {
   return devices;
 }
 
-double Plan::norm(bool largest, const std::vector<double>& others, int threads) {
-  if (!matched_) throw std::runtime_error("norm() must follow a call of matches() that said true");
+std::vector<Gradient> Plan::gradients() const {
+  if (!matched_) throw std::runtime_error("a norm must follow a call of matches() that said true");
   std::vector<Gradient> gradients;
   for (const Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
     if (row.device != kCpu) throw std::invalid_argument("a gradient is on a GPU");
     gradients.push_back({row.arrays.grad, row.types.grad, row.count});
   }
+  return gradients;
+}
+
+double Plan::norm(bool largest, const std::vector<double>& others, int threads) {
+  const std::vector<Gradient> gradients = this->gradients();
   threads = available_threads(threads);
   std::vector<double> norms;
   {
@@ -497,6 +502,40 @@ double Plan::norm(bool largest, const std::vector<double>& others, int threads) 
     total = largest ? maximum(total, norm) : total + norm;
   }
   return total;
+}
+
+std::vector<std::size_t> Plan::write_norms(double* slots, const std::vector<std::int64_t>& places,
+                                           const std::vector<std::int64_t>& owns, bool largest,
+                                           int threads) {
+  const std::vector<Gradient> gradients = this->gradients();
+  if (places.size() != rows_.size() || owns.size() != rows_.size()) {
+    throw std::invalid_argument("there must be a place and a number of norms for each parameter");
+  }
+  threads = available_threads(threads);
+  std::vector<double> tiles;
+  {
+    const Flag running(running_);
+    const py::gil_scoped_release others_may_run;
+    tiles = run_tile_norms(gradients, largest, threads);
+  }
+  std::vector<std::size_t> elsewhere;
+  const double* next = tiles.data();
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    if (!row.active) continue;
+    if (row.kind == Kind::kElsewhere) {
+      elsewhere.push_back(i);
+      continue;
+    }
+    const std::int64_t count = tile_count(row.count);
+    if (count == owns[i]) {
+      std::copy_n(next, count, slots + places[i]);
+    } else if (count > 0) {
+      slots[places[i]] = add_norms(next, count, largest);
+    }
+    next += count;
+  }
+  return elsewhere;
 }
 
 void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,

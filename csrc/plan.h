@@ -65,6 +65,13 @@ class Plan {
   // said true. others: the same of each parameter that has one and is updated elsewhere.
   double norm(bool largest, const std::vector<double>& others, int threads);
 
+  // The same of each tile (owns: of each row, how many it has, or 1 for their total), written to a
+  // row's place among the slots. Says which rows with a gradient are updated elsewhere: theirs are
+  // still to be written.
+  std::vector<std::size_t> write_norms(double* slots, const std::vector<std::int64_t>& places,
+                                       const std::vector<std::int64_t>& owns, bool largest,
+                                       int threads);
+
   // One update of all rows whose parameter has a gradient; matches() has just said true. inputs:
   // for each GPU with rows, what is read there. Those updates are under way when this returns.
   // extras: of each group, or none where no group has any.
@@ -132,7 +139,8 @@ class Plan {
   };
 
   unsigned variant_of(const Row& row) const;
-  unsigned mask_of(const Row& row) const;  // the states that its variant uses
+  unsigned mask_of(const Row& row) const;   // the states that its variant uses
+  std::vector<Gradient> gradients() const;  // of the rows that have one and are updated here
   void prefetch_row(std::size_t at) const;
   static void prefetch_entry(const StateEntry& entry);
   bool everything_matches(const pybind11::list& groups, const pybind11::dict& state,

@@ -91,6 +91,14 @@ class Plan:
         ] = [],
     ) -> None: ...
     def updated(self) -> list: ...
+    def write_norms(
+        self,
+        slots: typing.SupportsInt | typing.SupportsIndex,
+        places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        owns: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        largest: bool,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> list[int]: ...
     @property
     def segments(self) -> int: ...
 

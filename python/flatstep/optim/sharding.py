@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ def share_of(param: torch.Tensor) -> Share:
     return Share(
         min(rank * chunk, rows) * row,
         full * tiles + tiles_of_rest,
-        min(rank, full) * tiles + (tiles_of_rest if rank > full else 0),
+        rank * tiles,
         tiles if rank < full else tiles_of_rest if rank == full else 0,
         groups,
         mesh.device_type,
@@ -98,14 +99,14 @@ class Norms:
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
         self._params = list(params)
-        self._shares = [share_of(param) for param in params]
-        self._counts = [share.slots for share in self._shares]
-        starts = np.cumsum([0, *self._counts])
-        self._starts = [int(start) for start in starts[:-1]]
-        self._count = int(starts[-1])
+        shares = [share_of(param) for param in params]
+        self._counts = [share.slots for share in shares]
+        *starts, self._count = itertools.accumulate(self._counts, initial=0)
+        self._firsts = [start + share.first for start, share in zip(starts, shares, strict=True)]
+        self._owns = [share.own for share in shares]
         places: dict[Any, list[np.ndarray]] = {}
         self._devices: dict[Any, str] = {}
-        for start, share in zip(self._starts, self._shares, strict=True):
+        for start, share in zip(starts, shares, strict=True):
             for group in share.groups:
                 places.setdefault(group, []).append(np.arange(start, start + share.slots))
                 self._devices[group] = share.device
@@ -116,31 +117,42 @@ class Norms:
         """Whether any parameter is sharded over ranks."""
         return bool(self._places)
 
-    def total(self, largest: bool) -> float:
-        """The sum of squares, or the largest magnitude, of all gradients on all ranks."""
+    def total(self, largest: bool, plan: _core.Plan | None = None) -> float:
+        """The sum of squares, or the largest magnitude, of all gradients on all ranks.
+
+        Args:
+            largest: Whether it is the latter.
+            plan: Of these parameters, which has just matched: it reads those that it updates.
+        """
         slots = np.zeros(self._count)
-        self._write_own(slots, largest)
+        threads = torch.get_num_threads()
+        which: Iterable[int] = range(len(self._params))
+        if plan is not None:
+            at = slots.ctypes.data
+            which = plan.write_norms(at, self._firsts, self._owns, largest, threads)
+        self._write(slots, which, largest, threads)
         for group, places in self._places.items():
             there = torch.from_numpy(slots[places]).to(self._devices[group])
             torch.distributed.all_reduce(there, group=group)
             slots[places] = there.cpu().numpy()
         return _core.total_of_tiles(slots.ctypes.data, self._counts, largest)
 
-    def _write_own(self, slots: np.ndarray, largest: bool) -> None:
+    def _write(self, slots: np.ndarray, which: Iterable[int], largest: bool, threads: int) -> None:
+        """Writes the partial norms of some of the parameters to their places."""
         walked, elsewhere = [], {}
-        for param, start, share in zip(self._params, self._starts, self._shares, strict=True):
-            if param.grad is None or not share.own:
+        for index in which:
+            param, at, own = self._params[index], self._firsts[index], self._owns[index]
+            if param.grad is None or not own:
                 continue
-            at = start + share.first
             grad = _placed_alike(param)
             memory = clipping.memory_of(grad, local_of(param))
             if memory is None:
                 elsewhere[at] = clipping.part_elsewhere(grad, largest)
             else:
-                walked.append((memory, at, share.own))
+                walked.append((memory, at, own))
         slots[list(elsewhere)] = clipping.numbers(list(elsewhere.values()))
         gradients = [clipping.piece_of(memory) for memory, _, _ in walked]
-        tiles = np.frombuffer(_core.tile_norms(gradients, largest, torch.get_num_threads()))
+        tiles = np.frombuffer(_core.tile_norms(gradients, largest, threads))
         begin = 0
         for (_, at, own), (_, _, count) in zip(walked, gradients, strict=True):
             mine = tiles[begin : begin + _tiles(count)]

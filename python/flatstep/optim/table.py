@@ -73,7 +73,7 @@ class Table:
     def total(self, largest: bool) -> float:
         """The sum of squares, or the largest magnitude, of the gradients that the plan found."""
         if self.norms is not None:
-            return self.norms.total(largest)
+            return self.norms.total(largest, None if self.gpus else self.plan)
         if self.gpus:
             return clipping.total(self.params, largest)
         others = [
