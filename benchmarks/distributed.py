@@ -65,6 +65,7 @@ class Setting:
     device: str
     ranks: int
     layers: int
+    vocabulary: int
     tensors: int
     rounds: int
 
@@ -127,15 +128,21 @@ class Rank:
         return {name: statistics.median(slowest[i].tolist()) for i, name in enumerate(names)}
 
     def model(self) -> SmallGPT:
-        torch.manual_seed(0)
-        model = SmallGPT(768, self.setting.layers, 50257, 1024).to(self.setting.device)
+        with torch.device("meta"):
+            model = SmallGPT(768, self.setting.layers, self.setting.vocabulary, 1024)
         for block in model.blocks:
             fully_shard(block, mesh=self.mesh)
-        return fully_shard(model, mesh=self.mesh)
+        fully_shard(model, mesh=self.mesh)
+        model.to_empty(device=self.setting.device)
+        for param in model.parameters():
+            param.detach().to_local().normal_(std=0.02)
+        return model
 
     def tokens(self) -> Tensor:
         generator = torch.Generator().manual_seed(dist.get_rank())
-        return torch.randint(50257, (1, LENGTH), generator=generator).to(self.setting.device)
+        return torch.randint(self.setting.vocabulary, (1, LENGTH), generator=generator).to(
+            self.setting.device
+        )
 
     def update(self) -> dict[str, float]:
         """An update of the sharded model, whose gradients are there."""
@@ -257,6 +264,7 @@ def figures(found: dict[str, dict[str, float]], setting: Setting) -> list[Figure
 def main(
     ranks: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     layers: Annotated[int, typer.Option(min=1, help="Of the model; GPT-2 small has 12.")] = 12,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Of the model, likewise 50257.")] = 50257,
     tensors: Annotated[int, typer.Option(min=1, help="Small tensors, each on its own.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 15,
     device: Annotated[Device, typer.Option(help="With cuda, a GPU for each rank.")] = Device.cpu,
@@ -270,7 +278,7 @@ def main(
         )
     if save is not None and not save.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {save.parent}", param_hint="--json")
-    setting = Setting(device.value, ranks, layers, tensors, rounds)
+    setting = Setting(device.value, ranks, layers, vocabulary, tensors, rounds)
     console = Console()
     found: dict[str, dict[str, float]] = {"memory": {}}
     with console.status("measuring"):
