@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "api.h"
@@ -49,14 +50,14 @@ py::list describe_isas() {
   return described;
 }
 
-// By device: its stream, where it finds the gradients' scale and overflow, and the numbers of each
-// group's hyper-parameters that it reads, with whether one is a double.
+// By device: DeviceInputs.
 using RawInputs =
     std::map<int, std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t,
-                             std::vector<std::vector<std::pair<std::uintptr_t, bool>>>>>;
+                             std::vector<std::vector<std::pair<std::uintptr_t, bool>>>,
+                             std::uintptr_t, bool>>;
 
 // Of each group: ExtraInputs.
-using RawExtras = std::vector<std::tuple<double, double, std::uint64_t>>;
+using RawExtras = std::vector<std::tuple<double, double, std::uint64_t, double>>;
 
 template <class T = void>
 T* pointer(std::uintptr_t address) {
@@ -112,30 +113,64 @@ void update(const std::string& rule_name, unsigned variant, int layout, std::uin
   run_update({{work, count, find_kernel(rule, variant, layout), false}}, threads);
 }
 
-Gradient gradient_of(std::uintptr_t grad, const std::string& dtype, std::int64_t count) {
-  for (const Types& types : layouts()) {
-    if (dtype != name_of(types.grad)) continue;
-    if (count < 0 || (count > 0 && !grad)) throw std::invalid_argument("there is no such gradient");
-    return {pointer(grad), types.grad, count};
+// Gradients by their addresses, checked.
+std::vector<Gradient> gradients_of(const std::vector<std::uintptr_t>& grads,
+                                   const std::vector<std::string>& dtypes,
+                                   const std::vector<std::int64_t>& counts) {
+  if (dtypes.size() != grads.size() || counts.size() != grads.size()) {
+    throw std::invalid_argument("there must be a dtype and a count of each gradient");
   }
-  throw std::invalid_argument("there are no gradients of dtype '" + dtype + "'");
+  std::vector<Gradient> gradients;
+  for (std::size_t i = 0; i < grads.size(); ++i) {
+    const auto same = [&](const Types& types) { return dtypes[i] == name_of(types.grad); };
+    const auto types = std::find_if(layouts().begin(), layouts().end(), same);
+    if (types == layouts().end()) {
+      throw std::invalid_argument("there are no gradients of dtype '" + dtypes[i] + "'");
+    }
+    if (counts[i] < 0 || (counts[i] > 0 && !grads[i])) {
+      throw std::invalid_argument("there is no such gradient");
+    }
+    gradients.push_back({pointer(grads[i]), types->grad, counts[i]});
+  }
+  return gradients;
 }
 
-double norm(std::uintptr_t grad, const std::string& dtype, std::int64_t count, bool largest,
-            int threads) {
-  const Gradient gradient = gradient_of(grad, dtype, count);
+std::vector<double> norms(const std::vector<std::uintptr_t>& grads,
+                          const std::vector<std::string>& dtypes,
+                          const std::vector<std::int64_t>& counts, bool largest, int threads) {
+  const auto gradients = gradients_of(grads, dtypes, counts);
   threads = available_threads(threads);
   const py::gil_scoped_release others_may_run;
-  return run_norms({gradient}, largest, threads).front();
+  return run_norms(gradients, largest, threads);
 }
 
-using RawGradient = std::tuple<std::uintptr_t, std::string, std::int64_t>;
-
-py::bytes tile_norms(const std::vector<RawGradient>& raw, bool largest, int threads) {
-  std::vector<Gradient> gradients;
-  for (const auto& [grad, dtype, count] : raw) {
-    gradients.push_back(gradient_of(grad, dtype, count));
+void check_gpu(int device) {
+  if (device < 0 || (device >= cuda::device_count() && cuda::device_count() > 0)) {
+    throw std::invalid_argument("there is no GPU " + std::to_string(device));
   }
+  if (cuda::device_count() == 0) throw std::runtime_error(cuda::absence());
+}
+
+void norms_on_gpu(const std::vector<std::uintptr_t>& grads, const std::vector<std::string>& dtypes,
+                  const std::vector<std::int64_t>& counts, bool largest, int device,
+                  std::uintptr_t stream, std::uintptr_t room, std::uintptr_t found) {
+  check_gpu(device);
+  std::vector<cuda::NormRow> rows;
+  std::int64_t end = 0;
+  for (const Gradient& gradient : gradients_of(grads, dtypes, counts)) {
+    rows.push_back({gradient.data, end, gradient.count, gradient.type});
+    end = cuda::end_of(rows.back());
+  }
+  if (!found || (!room && !rows.empty())) throw std::invalid_argument("there is no room");
+  cuda::Table table(device);
+  cuda::run_norm(device, pointer(stream), largest, rows, pointer<double>(room),
+                 {.found = pointer<cuda::FoundNorm>(found)}, table);
+}
+
+py::bytes tile_norms(const std::vector<std::uintptr_t>& grads,
+                     const std::vector<std::string>& dtypes,
+                     const std::vector<std::int64_t>& counts, bool largest, int threads) {
+  const auto gradients = gradients_of(grads, dtypes, counts);
   threads = available_threads(threads);
   std::vector<double> tiles;
   {
@@ -165,10 +200,7 @@ void update_on_gpu(const std::string& rule_name, unsigned variant, int layout, s
   const RuleInfo& rule = find_rule(rule_name);
   const Arrays arrays =
       arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master, average);
-  if (device < 0 || (device >= cuda::device_count() && cuda::device_count() > 0)) {
-    throw std::invalid_argument("there is no GPU " + std::to_string(device));
-  }
-  if (cuda::device_count() == 0) throw std::runtime_error(cuda::absence());
+  check_gpu(device);
   if (count == 0) return;
   cuda::Launch launch = {};
   launch.host_step = count_of_step;
@@ -184,6 +216,19 @@ void update_on_gpu(const std::string& rule_name, unsigned variant, int layout, s
   cuda::run(device, pointer(stream), layout,
             rule.first_variant + static_cast<int>(variant & kFlagMask), launch,
             {{arrays, 0, count, nullptr, pointer(master), pointer(average), first}}, table);
+}
+
+void judge_norm_on_gpu(int device, std::uintptr_t stream, std::uintptr_t found, bool largest,
+                       bool skips, std::uintptr_t grad_scale, std::uintptr_t found_inf) {
+  check_gpu(device);
+  if (!found) throw std::invalid_argument("there is no norm");
+  cuda::finish_norm(device, pointer(stream),
+                    {.found = pointer<cuda::FoundNorm>(found),
+                     .grad_scale = pointer<const float>(grad_scale),
+                     .found_inf = pointer<const float>(found_inf),
+                     .largest = largest,
+                     .judges = true,
+                     .skips = skips});
 }
 
 void traffic(const std::vector<std::uintptr_t>& addresses, int written, std::int64_t count,
@@ -233,13 +278,18 @@ PYBIND11_MODULE(_core, module) {
              "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a, "master"_a = 0,
              "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0, "seed"_a = 0,
              "count_of_step"_a = 1, "first"_a = 0);
-  module.def("norm", &norm, "grad"_a, "dtype"_a, "count"_a, "largest"_a, "threads"_a);
-  module.def("tile_norms", &tile_norms, "gradients"_a, "largest"_a, "threads"_a);
+  module.def("norms", &norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a, "threads"_a);
+  module.def("tile_norms", &tile_norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
+             "threads"_a);
   module.def("total_of_tiles", &total_of_tiles, "tiles"_a, "counts"_a, "largest"_a);
   module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
              "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a,
              "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0,
              "seed"_a = 0, "count_of_step"_a = 1, "first"_a = 0);
+  module.def("norms_on_gpu", &norms_on_gpu, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
+             "device"_a, "stream"_a, "room"_a, "found"_a);
+  module.def("judge_norm_on_gpu", &judge_norm_on_gpu, "device"_a, "stream"_a, "found"_a,
+             "largest"_a, "skips"_a, "grad_scale"_a, "found_inf"_a);
   module.def("gpu_count", &cuda::device_count);
   module.def("gpu_absence", &cuda::absence);
   module.def("traffic", &traffic, "streams"_a, "written"_a, "count"_a, "threads"_a);
@@ -254,6 +304,16 @@ PYBIND11_MODULE(_core, module) {
       .def("matches", &Plan::matches, "groups"_a, "state"_a, "variants"_a)
       .def("updated", &Plan::updated)
       .def("norm", &Plan::norm, "largest"_a, "others"_a, "threads"_a)
+      .def("norm_room", &Plan::norm_room, "device"_a)
+      .def(
+          "norm_on_gpu",
+          [](Plan& plan, int device, bool largest, std::uintptr_t stream, std::uintptr_t room,
+             std::uintptr_t found, std::uintptr_t overflow) {
+            plan.norm_on_gpu(
+                device, largest, stream, room,
+                {.found = pointer<cuda::FoundNorm>(found), .overflow = pointer<float>(overflow)});
+          },
+          "device"_a, "largest"_a, "stream"_a, "room"_a, "found"_a, "overflow"_a = 0)
       .def(
           "write_norms",
           [](Plan& plan, std::uintptr_t slots, const std::vector<std::int64_t>& places,
@@ -268,12 +328,12 @@ PYBIND11_MODULE(_core, module) {
              const RawExtras& raw_extras) {
             std::map<int, DeviceInputs> inputs;
             for (const auto& [device, input] : raw) {
-              const auto& [stream, grad_scale, found_inf, numbers] = input;
-              inputs[device] = {stream, grad_scale, found_inf, numbers};
+              const auto& [stream, grad_scale, found_inf, numbers, norm, skips] = input;
+              inputs[device] = {stream, grad_scale, found_inf, numbers, norm, skips};
             }
             std::vector<ExtraInputs> extras;
-            for (const auto& [unscale, decay, seed] : raw_extras) {
-              extras.push_back({unscale, decay, seed});
+            for (const auto& [unscale, decay, seed, max_norm] : raw_extras) {
+              extras.push_back({unscale, decay, seed, max_norm});
             }
             plan.step(hyper, scales, threads, inputs, extras);
           },

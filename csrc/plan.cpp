@@ -443,7 +443,10 @@ void Plan::run_batches(const std::vector<std::vector<double>>& hyper,
       launch.unscale = extras[group].unscale;
       launch.average_decay = extras[group].average_decay;
       launch.seed = extras[group].seed;
+      launch.max_norm = extras[group].max_norm;
     }
+    launch.norm = reinterpret_cast<const cuda::FoundNorm*>(input.norm);
+    launch.skips = input.norm && input.skips;
     for (std::size_t i = 0; i < hyper[group].size(); ++i) {
       const auto [at, is_double] = input.numbers.at(group).at(i);
       launch.hyper[i] = {hyper[group][i], reinterpret_cast<const void*>(at), is_double};
@@ -538,6 +541,36 @@ std::vector<std::size_t> Plan::write_norms(double* slots, const std::vector<std:
   return elsewhere;
 }
 
+std::vector<cuda::NormRow> Plan::norm_rows(int device) const {
+  if (!matched_) throw std::runtime_error("norms must follow a call of matches() that said true");
+  std::vector<cuda::NormRow> rows;
+  std::int64_t end = 0;
+  for (const Row& row : rows_) {
+    if (!row.active) continue;
+    if (row.kind != Kind::kUpdated || row.device == kCpu || row.device != device) {
+      throw std::invalid_argument("a gradient is not on GPU " + std::to_string(device));
+    }
+    rows.push_back({row.arrays.grad, end, row.count, row.types.grad});
+    end = cuda::end_of(rows.back());
+  }
+  return rows;
+}
+
+std::int64_t Plan::norm_room(int device) const {
+  const auto rows = norm_rows(device);
+  const auto count = static_cast<std::int64_t>(rows.size());
+  return rows.empty() ? 0 : cuda::end_of(rows.back()) + count;
+}
+
+void Plan::norm_on_gpu(int device, bool largest, std::uintptr_t stream, std::uintptr_t room,
+                       const cuda::NormEnd& end) {
+  const auto rows = norm_rows(device);
+  if (!end.found || (!room && !rows.empty())) throw std::invalid_argument("there is no room");
+  auto& table = norm_tables_.try_emplace(device, device).first->second;
+  cuda::run_norm(device, reinterpret_cast<void*>(stream), largest, rows,
+                 reinterpret_cast<double*>(room), end, table);
+}
+
 void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
                 int threads, const std::map<int, DeviceInputs>& inputs,
                 const std::vector<ExtraInputs>& extras) {
@@ -570,9 +603,9 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
       const auto [found, is_new] = prepared_.try_emplace(key);
       if (is_new) {
         const auto [index, step, count] = key;
-        const auto& [unscale, decay, seed] = extras.empty() ? ExtraInputs{} : extras[group];
+        const ExtraInputs own = extras.empty() ? ExtraInputs{} : extras[group];
         found->second = {rule_.prepare(hyper[group].data(), step, scales[group]),
-                         prepare_extras(unscale, decay, seed, count)};
+                         prepare_extras(own.unscale, own.average_decay, own.seed, count)};
       }
       prepared = &found->second;
       last = key;

@@ -18,17 +18,21 @@
 namespace flatstep {
 
 // What a step on a GPU reads there: addresses, 0 where there is none. numbers: of each group's
-// hyper-parameters, and whether it is a double.
+// hyper-parameters, and whether it is a double. norm: three doubles, as run_norm() leaves them;
+// skips: whether the step is left out where the norm is not finite.
 struct DeviceInputs {
   std::uintptr_t stream, grad_scale, found_inf;
   std::vector<std::vector<std::pair<std::uintptr_t, bool>>> numbers;
+  std::uintptr_t norm;
+  bool skips;
 };
 
 // What a group's extras take: the factor of a gradient that is stored back, the decay of averages,
-// the seed of chance.
+// the seed of chance; and the largest norm on a GPU, negative where there is none.
 struct ExtraInputs {
   double unscale = 1, average_decay = 0;
   std::uint64_t seed = 0;
+  double max_norm = -1;
 };
 
 // Rows stand in the order of the parameter groups. Parameters are known by address and looked up
@@ -71,6 +75,12 @@ class Plan {
   std::vector<std::size_t> write_norms(double* slots, const std::vector<std::int64_t>& places,
                                        const std::vector<std::int64_t>& owns, bool largest,
                                        int threads);
+
+  // The same where all rows are on one GPU, where it is under way when this returns. room: as many
+  // doubles there as norm_room() says.
+  std::int64_t norm_room(int device) const;
+  void norm_on_gpu(int device, bool largest, std::uintptr_t stream, std::uintptr_t room,
+                   const cuda::NormEnd& end);
 
   // One update of all rows whose parameter has a gradient; matches() has just said true. inputs:
   // for each GPU with rows, what is read there. Those updates are under way when this returns.
@@ -152,6 +162,7 @@ class Plan {
   static std::int64_t count_of(const Row& row);  // of its step, from 1
   static std::int64_t step_of(const Row& row);   // as the rule sees it
   void append(const Row& row, const Prepared& prepared);
+  std::vector<cuda::NormRow> norm_rows(int device) const;
   void append_to_batch(const Row& row);
   void run_batches(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
                    const std::map<int, DeviceInputs>& inputs,
@@ -169,6 +180,7 @@ class Plan {
   std::map<std::tuple<int, std::int64_t, std::int64_t>, Prepared> prepared_;
   std::map<BatchKey, Batch> batches_;
   std::map<std::tuple<int, int, int, bool>, cuda::Table> tables_;  // by the first of a key
+  std::map<int, cuda::Table> norm_tables_;                         // of each device
   std::uint64_t turn_ = 0;  // of those who ask, so that one notices another in between
   bool matched_ = false;    // by the last call, so that step() may run
   bool running_ = false;

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,14 +145,8 @@ rich = cases(options=["all", "nesterov_all"])
 @pytest.fixture(autouse=EMULATED)
 def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets tensors of the host be read as those of the emulated GPU."""
-    real_to = Tensor.to
-
-    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        on_gpu = bool(args) and isinstance(args[0], torch.device) and args[0].type == "cuda"
-        return real_to(self, *(args[1:] if on_gpu else args), **kwargs)
-
-    monkeypatch.setattr(Tensor, "to", to)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(gpu, "device", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "stream_of", lambda index: 0)
     monkeypatch.setattr(gpu, "is_there", lambda value: isinstance(value, Tensor))
     monkeypatch.setattr(base, "is_on_gpu", lambda value: True)
 

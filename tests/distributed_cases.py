@@ -231,6 +231,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)},
     "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     "kept": {"reshard_after_forward": False},
+    "hybrid": {"shape": (2, 1)},
 }
 
 
@@ -238,10 +239,12 @@ POLICIES: dict[str, dict[str, Any]] = {
 def fsdp2_trains_as_one_process_does(rank: int, folder: Path, policy: str, name: str) -> None:
     """The gradients are views into the buffers of FSDP, wherever these begin."""
     model, plain = network(), network()
+    options = dict(POLICIES[policy])
+    over = mesh(*options.pop("shape", ()))
     for layer in model:
         if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh(), **POLICIES[policy])
-    fully_shard(model, mesh=mesh(), **POLICIES[policy])
+            fully_shard(layer, mesh=over, **options)
+    fully_shard(model, mesh=over, **options)
     opt, alone = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](plain.parameters())
     for step in range(4):
         loss_of(model, rank, step).backward()

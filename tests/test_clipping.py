@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import EMULATED
 from reference_run import ReferenceRun, stored
 from torch import Tensor
 from torch.nn import Parameter
@@ -242,7 +243,11 @@ def test_an_overflow_changes_nothing_but_the_scale(cls: Any, make_scaler: Any, f
     scaler.update()
     assert scaler.get_scale() == SCALE / 2
     assert all(torch.equal(a, b) for a, b in zip(params, before[1], strict=True))
-    assert opt.state_dict()["state"].keys() == before[0].keys()
+    state = opt.state_dict()["state"]
+    if EMULATED and first:  # the host does not know of the overflow
+        assert not any(tensor.any() for of in state.values() for tensor in of.values())
+    else:
+        assert state.keys() == before[0].keys()
     params[0].grad[3, 3] = 1.0  # type: ignore[index]
     scaler.step(opt)
     assert not torch.equal(params[0], before[1][0])
@@ -259,6 +264,7 @@ def test_the_scaler_leaves_other_optimizers_to_torch() -> None:
     assert all(torch.allclose(a, b) for a, b in zip(params, others, strict=True))
 
 
+@pytest.mark.skipif(EMULATED, reason="a GPU's sum is another function")
 def test_the_scaler_reads_the_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

@@ -46,7 +46,7 @@ FIRST_VARIANT = {
     for place, rule in enumerate(_core.rules())
 }
 
-INLINE_ROWS = 43
+INLINE_ROWS = 42
 STORED = ("float32", "float64", "bfloat16", "float16")  # in the order of the kernels' enum
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +78,7 @@ class Launch(ctypes.Structure):
         ("row_count", ctypes.c_int),
         ("step_is_double", ctypes.c_bool),
         ("clears", ctypes.c_bool),
+        ("skips", ctypes.c_bool),
         ("total", ctypes.c_int64),
         ("host_step", ctypes.c_int64),
         ("rule_step", ctypes.c_int64),
@@ -85,6 +86,8 @@ class Launch(ctypes.Structure):
         ("sign", ctypes.c_double),
         ("grad_scale", ctypes.c_void_p),
         ("found_inf", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("max_norm", ctypes.c_double),
         ("types", ctypes.c_int * 3),
         ("extras", ctypes.c_uint),
         ("unscale", ctypes.c_double),

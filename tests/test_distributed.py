@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import distributed_cases
 import pytest
@@ -21,6 +25,7 @@ import flatstep
 from flatstep import reference
 from flatstep.optim import sharding
 
+ROOT = Path(__file__).parents[1]
 TILE = reference.TILE
 
 
@@ -142,3 +147,28 @@ def test_uneven_shards_are_added_rank_after_rank(
             for full, shard in zip(fulls, shards_of(fulls, rank, mesh), strict=True):
                 before = sum(part.numel() for part in full.chunk(world)[:rank])
                 assert sharding.share_of(shard).first_element == before
+
+
+@pytest.mark.slow  # ten processes, one after the other in pairs
+def test_the_benchmark_measures_what_it_says(tmp_path: Path) -> None:
+    kept = tmp_path / "figures.json"
+    options = {"layers": 1, "vocabulary": 64, "tensors": 5, "rounds": 2, "json": kept}
+    line = [sys.executable, str(ROOT / "benchmarks" / "distributed.py")]
+    line += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=250, check=False)
+    found = json.loads(kept.read_text())
+    met = [f["target"] is None or f["found"] <= f["target"] for f in found["figures"]]
+    assert ended.returncode == (not all(met)), ended.stderr
+    assert found["setting"]["ranks"] == 2
+    measured = found["seconds and bytes"]
+    assert {*measured} == {"update", "many", "whole", "memory"}
+    assert all(value > 0 for of in measured.values() for value in of.values())
+    assert "flatstep" in ended.stdout
+
+
+def test_the_benchmark_refuses_gpus_that_are_not_there() -> None:
+    line = [sys.executable, str(ROOT / "benchmarks" / "distributed.py")]
+    line += ["--device", "cuda", "--ranks", str(torch.cuda.device_count() + 1)]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=250, check=False)
+    assert ended.returncode == 2
+    assert "--device" in ended.stderr

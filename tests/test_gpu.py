@@ -156,6 +156,102 @@ def test_a_step_does_not_wait_for_the_gpu(fused: bool | None) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", [SHAPES, MANY], ids=["few", "many"])
+def test_clipping_has_the_cpu_s_bits_and_waits_for_nothing(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, norm_type: float
+) -> None:
+    cpu = parameters(dtype, shapes)
+    gpu = on_gpu(cpu)
+    options: Any = {"max_grad_norm": 0.5, "norm_type": norm_type}
+    opt, expected = flatstep.AdamW(gpu, **options), flatstep.AdamW(cpu, **options)
+    for step in range(3):
+        give_gradients(gpu, step)
+        give_gradients(cpu, step)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected.step()
+        assert opt.grad_norm is not None
+        assert opt.grad_norm.is_cuda
+        assert torch.equal(opt.grad_norm.cpu(), expected.grad_norm)  # type: ignore[arg-type]
+    assert_same_bits(gpu, cpu)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, MANY], ids=["few", "many"])
+def test_a_captured_step_clips_and_skips_as_one_that_is_not(
+    shapes: list[tuple[int, ...]],
+) -> None:
+    cpu = parameters(shapes=shapes)
+    gpu = on_gpu(cpu)
+    options: Any = {"max_grad_norm": 0.5, "skip_nonfinite": True}
+    opt, expected = flatstep.Adam(gpu, capturable=True, **options), flatstep.Adam(cpu, **options)
+    give_gradients(gpu, 0)
+    give_gradients(cpu, 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        opt.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    expected.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for step in range(1, 5):
+        give_gradients(gpu, step)
+        give_gradients(cpu, step)
+        if step == 2:
+            gpu[0].grad[0, 0] = cpu[0].grad[0, 0] = torch.nan  # type: ignore[index]
+        graph.replay()
+        expected.step()
+    assert opt.skipped_steps == expected.skipped_steps == 1
+    assert_same_bits(gpu, cpu)
+
+
+def test_what_has_to_wait_for_the_norm_is_not_captured() -> None:
+    (p,) = on_gpu(parameters(shapes=[(10,)]))
+    p.grad = torch.ones_like(p)
+    opt = flatstep.Adam([p], capturable=True, max_grad_norm=1.0, error_if_nonfinite=True)
+    opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="graph is being captured"), torch.cuda.graph(graph):
+        opt.step()
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_scaler_s_check_only_reads_and_waits_for_nothing(clips: bool) -> None:
+    cpu = parameters(shapes=SHAPES)
+    gpu = on_gpu(cpu)
+    options: Any = {"fused": True, **({"max_grad_norm": 0.5} if clips else {})}
+    opt, expected = flatstep.AdamW(gpu, **options), flatstep.AdamW(cpu, **options)
+    ours = flatstep.GradScaler("cuda", init_scale=1024.0)
+    theirs = flatstep.GradScaler("cpu", init_scale=1024.0)
+    for scaler, device in ((ours, "cuda"), (theirs, "cpu")):
+        scaler.scale(torch.tensor(1.0, device=device))
+    for step in range(4):
+        for params in (gpu, cpu):
+            give_gradients(params, step)
+            for param in params:
+                assert param.grad is not None
+                param.grad.mul_(1024)
+        if step == 2:
+            gpu[0].grad[0, 0] = cpu[0].grad[0, 0] = torch.inf  # type: ignore[index]
+        before = [param.grad.clone() for param in gpu if param.grad is not None]
+        ours.step(opt)
+        theirs.step(expected)
+        ours.update()
+        theirs.update()
+        if step:  # the first step is torch's, which divides the gradients
+            for param, grad in zip(gpu, before, strict=True):
+                torch.testing.assert_close(param.grad, grad, rtol=0, atol=0, equal_nan=True)
+    assert ours.get_scale() == theirs.get_scale() == 512.0
+    assert_same_bits(gpu, cpu)
+
+
 def test_checkpoints_go_to_torch_and_back() -> None:
     ours, torchs = (on_gpu(parameters(shapes=[(33,)])) for _ in range(2))
     torchs = [Parameter(param.detach().clone()) for param in ours]

@@ -16,10 +16,16 @@ int device_of_host() { return kNoDevice; }
 
 Table::~Table() = default;
 
-const Row* Table::upload(const std::vector<Row>&, void*) { throw std::runtime_error(absence()); }
+const void* Table::upload(const void*, std::size_t, void*) { throw std::runtime_error(absence()); }
 
 void run(int, void*, int, int, Launch&, const std::vector<Row>&, Table&) {
   throw std::runtime_error(absence());
 }
+
+void run_norm(int, void*, bool, const std::vector<NormRow>&, double*, NormEnd, Table&) {
+  throw std::runtime_error(absence());
+}
+
+void finish_norm(int, void*, const NormEnd&) { throw std::runtime_error(absence()); }
 
 }  // namespace flatstep::cuda

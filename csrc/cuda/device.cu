@@ -56,11 +56,21 @@ int resident_blocks(int device, const void* kernel) {
   return blocks;
 }
 
-void launch_kernel(const void* kernel, std::int64_t blocks, Launch& launch, cudaStream_t stream) {
-  void* arguments[] = {&launch};
+template <class AnyLaunch>
+void launch_kernel(const void* kernel, std::int64_t blocks, const AnyLaunch& launch,
+                   cudaStream_t stream) {
+  void* arguments[] = {const_cast<AnyLaunch*>(&launch)};
   check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0,
                          stream),
         "launching an update");
+}
+
+// Whether rows are to be in a table, which could be written again before a captured graph is
+// replayed.
+bool goes_by_table(std::size_t rows, std::size_t inline_rows, cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
+  return rows > inline_rows && capture == cudaStreamCaptureStatusNone;
 }
 
 std::pair<int, std::string> find_devices() {
@@ -98,24 +108,21 @@ Table::~Table() {
   cudaSetDevice(previous);
 }
 
-const Row* Table::upload(const std::vector<Row>& rows, void* stream) {
-  if (rows.size() == written_.size() &&
-      std::memcmp(rows.data(), written_.data(), rows.size() * sizeof(Row)) == 0) {
-    return memory_;
-  }
+const void* Table::upload(const void* rows, std::size_t bytes, void* stream) {
+  if (bytes == written_.size() && std::memcmp(rows, written_.data(), bytes) == 0) return memory_;
   written_.clear();
-  if (rows.size() > room_) {
+  if (bytes > room_) {
     if (memory_) check(cudaFree(memory_), "cudaFree");
     memory_ = nullptr;
     room_ = 0;
-    check(cudaMalloc(&memory_, rows.size() * sizeof(Row)), "allocating a table of parameters");
-    room_ = rows.size();
+    check(cudaMalloc(&memory_, bytes), "allocating a table of parameters");
+    room_ = bytes;
   }
   // From pageable memory: it has been read when the call returns, and may be freed.
-  check(cudaMemcpyAsync(memory_, rows.data(), rows.size() * sizeof(Row), cudaMemcpyHostToDevice,
+  check(cudaMemcpyAsync(memory_, rows, bytes, cudaMemcpyHostToDevice,
                         static_cast<cudaStream_t>(stream)),
         "copying a table of parameters");
-  written_ = rows;
+  written_.assign(static_cast<const char*>(rows), static_cast<const char*>(rows) + bytes);
   return memory_;
 }
 
@@ -126,9 +133,7 @@ void run(int device, void* on_stream, int layout, int variant, Launch& launch,
   const auto stream = static_cast<cudaStream_t>(on_stream);
   const void* const kernel = find_kernel(layout, variant, launch);
   const std::int64_t most = resident_blocks(device, kernel);
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
-  const bool by_table = rows.size() > kInlineRows && capture == cudaStreamCaptureStatusNone;
+  const bool by_table = goes_by_table(rows.size(), kInlineRows, stream);
   const std::size_t at_once = by_table ? rows.size() : kInlineRows;
   for (std::size_t first = 0; first < rows.size(); first += at_once) {
     const std::size_t count = std::min(at_once, rows.size() - first);
@@ -146,6 +151,44 @@ void run(int device, void* on_stream, int layout, int variant, Launch& launch,
       launch_kernel(count_kernel(), (launch.row_count + kThreads - 1) / kThreads, launch, stream);
     }
   }
+}
+
+void run_norm(int device, void* on_stream, bool largest, const std::vector<NormRow>& rows,
+              double* room, NormEnd end, Table& table) {
+  const Guard guard(device);
+  const auto stream = static_cast<cudaStream_t>(on_stream);
+  const std::int64_t tiles = rows.empty() ? 0 : end_of(rows.back());
+  const std::int64_t most = resident_blocks(device, tile_norm_kernel());
+  const bool by_table = goes_by_table(rows.size(), kInlineNormRows, stream);
+  const std::size_t at_once = by_table ? rows.size() : kInlineNormRows;
+  for (std::size_t first = 0; first < rows.size(); first += at_once) {
+    const std::size_t count = std::min(at_once, rows.size() - first);
+    NormLaunch launch = {};
+    launch.rows = by_table ? table.upload(rows, on_stream) : nullptr;
+    launch.row_count = static_cast<int>(count);
+    launch.largest = largest;
+    launch.begin = rows[first].begin;
+    launch.end = end_of(rows[first + count - 1]);
+    launch.of_tiles = room;
+    launch.of_rows = room + tiles + first;
+    if (!by_table) std::copy_n(rows.data() + first, count, launch.inline_rows);
+    const std::int64_t useful = (launch.end - launch.begin + kTilesPerBlock - 1) / kTilesPerBlock;
+    if (useful > 0) {
+      launch_kernel(tile_norm_kernel(), std::min(useful, most), launch, stream);
+    }
+    launch_kernel(row_norm_kernel(), std::min<std::int64_t>(launch.row_count, most), launch,
+                  stream);
+  }
+  end.largest = largest;
+  end.adds = true;
+  end.of_rows = room + tiles;
+  end.row_count = static_cast<std::int64_t>(rows.size());
+  launch_kernel(norm_end_kernel(), 1, end, stream);
+}
+
+void finish_norm(int device, void* stream, const NormEnd& end) {
+  const Guard guard(device);
+  launch_kernel(norm_end_kernel(), 1, end, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace flatstep::cuda

@@ -16,8 +16,8 @@ std::string absence();
 // What memory of the CPU counts as: no GPU, but in the emulation that tests run.
 int device_of_host();
 
-// Rows kept on a device, for launches with more of them than their arguments hold. Written again
-// only where a row has changed, in the order of the stream.
+// Rows of any kind kept on a device, for launches with more of them than their arguments hold.
+// Written again only where a row has changed, in the order of the stream.
 class Table {
  public:
   explicit Table(int device) : device_(device) {}
@@ -25,13 +25,18 @@ class Table {
   Table& operator=(const Table&) = delete;
   ~Table();
 
-  const Row* upload(const std::vector<Row>& rows, void* stream);
+  template <class AnyRow>
+  const AnyRow* upload(const std::vector<AnyRow>& rows, void* stream) {
+    return static_cast<const AnyRow*>(upload(rows.data(), rows.size() * sizeof(AnyRow), stream));
+  }
 
  private:
+  const void* upload(const void* rows, std::size_t bytes, void* stream);
+
   int device_;
-  Row* memory_ = nullptr;
-  std::size_t room_ = 0;  // rows
-  std::vector<Row> written_;
+  void* memory_ = nullptr;
+  std::size_t room_ = 0;  // bytes
+  std::vector<char> written_;
 };
 
 // One update on the device's stream, by the kernel of a layout and of a variant among all rules';
@@ -41,5 +46,13 @@ class Table {
 // theirs on the device.
 void run(int device, void* stream, int layout, int variant, Launch& launch,
          const std::vector<Row>& rows, Table& table);
+
+// The norm of gradients on the device's stream, in room: a double for each of their tiles and for
+// each of them. end says what becomes of it, and is told the rest. Returns before it is done.
+void run_norm(int device, void* stream, bool largest, const std::vector<NormRow>& rows,
+              double* room, NormEnd end, Table& table);
+
+// The same of a total that is there already.
+void finish_norm(int device, void* stream, const NormEnd& end);
 
 }  // namespace flatstep::cuda

@@ -31,8 +31,24 @@ inline __device__ std::int64_t step_of(const Launch& launch, const Row& row) {
   return done >= 0 ? static_cast<std::int64_t>(done) + 1 : 1;
 }
 
-// The last row that begins at or before an element.
-inline __device__ int find_row(const Row* rows, int count, std::int64_t at) {
+inline __device__ bool is_finite(double x) { return x - x == 0; }
+
+// Whether the step is to change nothing.
+inline __device__ bool is_left_out(const Launch& launch) {
+  return (launch.found_inf && *launch.found_inf != 0) ||
+         (launch.skips && !is_finite(launch.norm->norm));
+}
+
+// As flatstep.reference.clip_factor.
+inline __device__ double clip_factor(const Launch& launch) {
+  if (!launch.norm || launch.max_norm < 0) return 1;
+  const double factor = launch.max_norm / (launch.norm->norm + 1e-6);
+  return factor > 1 ? 1 : factor;
+}
+
+// The last row that begins at or before an element, or a tile.
+template <class AnyRow>
+__device__ int find_row(const AnyRow* rows, int count, std::int64_t at) {
   int low = 0, high = count;
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;
@@ -83,7 +99,8 @@ __device__ __noinline__ typename Rule::template Scalars<V> prepare_scalars(const
   for (int i = 0; i < Rule::kHyperCount; ++i) hyper[i] = value_of(launch.hyper[i]);
   const double scale =
       launch.grad_scale ? launch.sign / read<float>(launch.grad_scale) : launch.sign;
-  const auto prepared = Rule::prepare(hyper, launch.rule_step ? launch.rule_step : step, scale);
+  const auto prepared =
+      Rule::prepare(hyper, launch.rule_step ? launch.rule_step : step, scale * clip_factor(launch));
   typename Rule::template Scalars<V> k;
   constexpr int kNumbers = static_cast<int>(sizeof k / sizeof(V));
   const auto* const from = reinterpret_cast<const double*>(&prepared);
@@ -191,7 +208,7 @@ struct Loop {
 // A block's equal share of all rows' elements.
 template <class L>
 __device__ void run_share(const Launch& launch, typename L::Prepared& shared) {
-  if (launch.found_inf && *launch.found_inf != 0) return;
+  if (is_left_out(launch)) return;
   const Row* const rows = launch.rows ? launch.rows : launch.inline_rows;
   const std::int64_t tiles = launch.total / kRowAlignment;
   std::int64_t at = tiles * blockIdx.x / gridDim.x * kRowAlignment;
@@ -222,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) update(const __grid_constan
 // Counts the steps of all rows, after the update.
 template <int kUnused = 0>
 __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Launch launch) {
-  if (launch.found_inf && *launch.found_inf != 0) return;
+  if (is_left_out(launch)) return;
   const Row* const rows = launch.rows ? launch.rows : launch.inline_rows;
   for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < launch.row_count;
        i += static_cast<int>(gridDim.x * blockDim.x)) {

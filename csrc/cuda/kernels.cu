@@ -1,6 +1,7 @@
 #include "cuda/kernel.h"
 #include "cuda/kernels.h"
 #include "cuda/mixed.h"
+#include "cuda/norm.h"
 
 namespace flatstep::cuda {
 namespace {
@@ -74,5 +75,9 @@ const void* find_kernel(int layout, int variant, const Launch& launch) {
 }
 
 const void* count_kernel() { return reinterpret_cast<const void*>(&count<>); }
+
+const void* tile_norm_kernel() { return reinterpret_cast<const void*>(&norms_of_tiles<>); }
+const void* row_norm_kernel() { return reinterpret_cast<const void*>(&norms_of_rows<>); }
+const void* norm_end_kernel() { return reinterpret_cast<const void*>(&end_norm<>); }
 
 }  // namespace flatstep::cuda

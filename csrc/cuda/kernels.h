@@ -17,4 +17,10 @@ inline constexpr std::int64_t kElementsPerBlock = 1024;
 const void* find_kernel(int layout, int variant, const Launch& launch);
 const void* count_kernel();
 
+inline constexpr int kTilesPerBlock = kThreads / kNormLanes;
+// Of a NormLaunch, one after the other, and of a NormEnd, for one block.
+const void* tile_norm_kernel();
+const void* row_norm_kernel();
+const void* norm_end_kernel();
+
 }  // namespace flatstep::cuda

@@ -37,13 +37,21 @@ struct Number {
   bool is_double;  // of what is at
 };
 
-inline constexpr int kInlineRows = 43;  // a launch's arguments end at 4 KiB in older drivers
+// A norm on the device, and what came of it.
+struct FoundNorm {
+  double total;    // the sum of squares, or the largest magnitude
+  double norm;     // what it is the norm of, without the loss scale
+  double skipped;  // how many steps have been left out for one that was not finite
+};
+
+inline constexpr int kInlineRows = 42;  // a launch's arguments end at 4 KiB in older drivers
 
 struct Launch {
   const Row* rows;  // on the device; null: inline_rows
   int row_count;
   bool step_is_double;
   bool clears;             // sets the gradients to zero behind the update
+  bool skips;              // does nothing where the norm is not finite
   std::int64_t total;      // elements of all rows, with the gaps of their alignment
   std::int64_t host_step;  // where a row has no step on the device
   std::int64_t rule_step;  // what the rule takes for the step; 0: the row's
@@ -51,6 +59,8 @@ struct Launch {
   double sign;  // -1 maximizes
   const float* grad_scale;
   const float* found_inf;
+  const FoundNorm* norm;  // of all gradients, where they are clipped or a step is skipped for it
+  double max_norm;        // negative: of this group they are not clipped
   Types types;
   unsigned extras;
   double unscale;  // where there is no grad_scale
@@ -59,5 +69,45 @@ struct Launch {
   Row inline_rows[kInlineRows];
 };
 static_assert(sizeof(Launch) <= 4096);
+
+// A gradient, as far as its norm is concerned.
+struct NormRow {
+  const void* grad;
+  std::int64_t begin;  // its first tile among all gradients'
+  std::int64_t count;  // elements
+  Stored type;
+};
+
+FLATSTEP_INLINE std::int64_t end_of(const NormRow& row) {
+  return row.begin + (row.count + kNormTile - 1) / kNormTile;
+}
+
+inline constexpr int kInlineNormRows = 120;
+
+// The norms of some gradients: of each tile, then of each gradient.
+struct NormLaunch {
+  const NormRow* rows;  // on the device; null: inline_rows
+  int row_count;
+  bool largest;
+  std::int64_t begin, end;  // their tiles
+  double* of_tiles;         // of all gradients
+  double* of_rows;          // of these
+  NormRow inline_rows[kInlineNormRows];
+};
+static_assert(sizeof(NormLaunch) <= 4096);
+
+// What becomes of the norms of all gradients.
+struct NormEnd {
+  const double* of_rows;
+  std::int64_t row_count;
+  FoundNorm* found;
+  float* overflow;  // set to 1 where the total is not finite, else to 0; null: nobody asks
+  const float* grad_scale;
+  const float* found_inf;
+  bool largest;
+  bool adds;    // makes the total of the rows, else it is there already
+  bool judges;  // makes the norm of the total, unless there is an overflow already
+  bool skips;   // counts a norm that is not finite
+};
 
 }  // namespace flatstep::cuda

@@ -16,8 +16,10 @@ __all__: list[str] = [
     "gpu_count",
     "isa",
     "isas",
+    "judge_norm_on_gpu",
     "layouts",
-    "norm",
+    "norms",
+    "norms_on_gpu",
     "rules",
     "tile_norms",
     "total_of_tiles",
@@ -63,6 +65,16 @@ class Plan:
         others: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         threads: typing.SupportsInt | typing.SupportsIndex,
     ) -> float: ...
+    def norm_on_gpu(
+        self,
+        device: typing.SupportsInt | typing.SupportsIndex,
+        largest: bool,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+        room: typing.SupportsInt | typing.SupportsIndex,
+        found: typing.SupportsInt | typing.SupportsIndex,
+        overflow: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None: ...
+    def norm_room(self, device: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     def release(self) -> None: ...
     def step(
         self,
@@ -80,6 +92,8 @@ class Plan:
                 collections.abc.Sequence[
                     collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, bool]]
                 ],
+                typing.SupportsInt | typing.SupportsIndex,
+                bool,
             ],
         ] = {},
         extras: collections.abc.Sequence[
@@ -87,6 +101,7 @@ class Plan:
                 typing.SupportsFloat | typing.SupportsIndex,
                 typing.SupportsFloat | typing.SupportsIndex,
                 typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsFloat | typing.SupportsIndex,
             ]
         ] = [],
     ) -> None: ...
@@ -109,23 +124,38 @@ def gpu_absence() -> str: ...
 def gpu_count() -> int: ...
 def isa() -> str: ...
 def isas() -> list: ...
+def judge_norm_on_gpu(
+    device: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+    found: typing.SupportsInt | typing.SupportsIndex,
+    largest: bool,
+    skips: bool,
+    grad_scale: typing.SupportsInt | typing.SupportsIndex,
+    found_inf: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def layouts() -> list: ...
-def norm(
-    grad: typing.SupportsInt | typing.SupportsIndex,
-    dtype: str,
-    count: typing.SupportsInt | typing.SupportsIndex,
+def norms(
+    grads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    dtypes: collections.abc.Sequence[str],
+    counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     largest: bool,
     threads: typing.SupportsInt | typing.SupportsIndex,
-) -> float: ...
+) -> list[float]: ...
+def norms_on_gpu(
+    grads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    dtypes: collections.abc.Sequence[str],
+    counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    largest: bool,
+    device: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+    room: typing.SupportsInt | typing.SupportsIndex,
+    found: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def rules() -> list: ...
 def tile_norms(
-    gradients: collections.abc.Sequence[
-        tuple[
-            typing.SupportsInt | typing.SupportsIndex,
-            str,
-            typing.SupportsInt | typing.SupportsIndex,
-        ]
-    ],
+    grads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    dtypes: collections.abc.Sequence[str],
+    counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     largest: bool,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> bytes: ...

@@ -29,6 +29,7 @@ inline std::unique_ptr<std::barrier<>> block_barrier;
 
 #include "cuda/kernel.h"
 #include "cuda/mixed.h"
+#include "cuda/norm.h"
 
 namespace flatstep::cuda::emulation {
 
@@ -61,7 +62,8 @@ std::vector<Kernel> all_kernels(List<Layout...>) {
   return kernels;
 }
 
-inline void run(Kernel kernel, const Launch& launch, unsigned blocks) {
+template <class AnyLaunch>
+void run(void (*kernel)(const AnyLaunch), const AnyLaunch& launch, unsigned blocks) {
   gridDim = {blocks};
   blockDim = {kThreads};
   for (unsigned block = 0; block < blocks; ++block) {

@@ -10,8 +10,8 @@ int device_of_host() { return 0; }
 
 Table::~Table() = default;
 
-const Row* Table::upload(const std::vector<Row>& rows, void*) {
-  written_ = rows;
+const void* Table::upload(const void* rows, std::size_t bytes, void*) {
+  written_.assign(static_cast<const char*>(rows), static_cast<const char*>(rows) + bytes);
   return written_.data();
 }
 
@@ -28,5 +28,31 @@ void run(int, void*, int layout, int variant, Launch& launch, const std::vector<
   emulation::run(emulation::find(layout, variant, launch), launch, 2);
   if (rows.front().step) emulation::run(&count<>, launch, 1);
 }
+
+void run_norm(int, void*, bool largest, const std::vector<NormRow>& rows, double* room, NormEnd end,
+              Table& table) {
+  end.row_count = static_cast<std::int64_t>(rows.size());
+  if (!rows.empty()) {
+    NormLaunch launch = {};
+    launch.row_count = static_cast<int>(rows.size());
+    launch.largest = largest;
+    launch.end = end_of(rows.back());
+    launch.of_tiles = room;
+    launch.of_rows = room + launch.end;
+    if (rows.size() > kInlineNormRows) {
+      launch.rows = table.upload(rows, nullptr);
+    } else {
+      std::copy(rows.begin(), rows.end(), launch.inline_rows);
+    }
+    emulation::run(&norms_of_tiles<>, launch, 2);
+    emulation::run(&norms_of_rows<>, launch, 2);
+    end.of_rows = launch.of_rows;
+  }
+  end.largest = largest;
+  end.adds = true;
+  emulation::run(&end_norm<>, end, 1);
+}
+
+void finish_norm(int, void*, const NormEnd& end) { emulation::run(&end_norm<>, end, 1); }
 
 }  // namespace flatstep::cuda

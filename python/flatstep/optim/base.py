@@ -17,11 +17,12 @@ from flatstep import _core, flat, reference
 from flatstep._torch import connect_dtensor, increment_version
 from flatstep.optim import checkpoints, clipping, extras, gpu, release, sharding, torch_ops
 from flatstep.optim.extras import Extras
-from flatstep.optim.finding import Finding, grad_of
+from flatstep.optim.finding import Finding
 from flatstep.optim.hooks import with_hooks
 from flatstep.optim.release import Release
 from flatstep.optim.routes import (
     Route,
+    grad_of,
     is_on_gpu,
     local_of,
     update_alone,
@@ -117,7 +118,7 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps ``skip_nonfinite`` has left out."""
-        return self._clipped.skipped
+        return self._clipped.count_skipped()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over pickled or loaded state; options that older torch lacks get their defaults."""
@@ -298,12 +299,23 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
             if not table.plan.matches(groups, self.state, flags):
                 raise RuntimeError("the parameters changed while step() was looking at them")
         plan, gpus = table.plan, table.gpus
-        deferred = table.only_gpus and (self.counts_steps or found_inf is None) and clipped is None
-        if gpus and not deferred and found_inf is not None and float(found_inf):
-            return
+        deferred = (
+            table.only_gpus
+            and (self.counts_steps or found_inf is None)
+            and (clipped is None or self._leaves_norm_there(table, clipped))
+        )
+        if gpus and not deferred:
+            if found_inf is not None and float(found_inf):
+                return
+            if clipped is not None and gpu.is_being_captured():
+                raise RuntimeError(
+                    "a graph is being captured, but the host would have to wait for the norm of "
+                    "the gradients: leave out error_if_nonfinite, have all parameters on one GPU, "
+                    "and with skip_nonfinite let capturable=True count the steps there"
+                )
         unscale = 1.0 if grad_scale is None or deferred else 1.0 / float(grad_scale)
         scales = [-unscale if group["maximize"] else unscale for group in groups]
-        if clipped is not None:
+        if clipped is not None and not deferred:
             norm = self._clip(table, clipped, unscale, is_new=is_new)
             if norm is None:
                 return
@@ -320,19 +332,32 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
         inputs: Any = {}
         if gpus:
             reader = gpu.Reader(gpus)  # holds what the addresses belong to
+            on_gpu = self._clipped.on(gpus[0]) if clipped is not None and deferred else None
             inputs = reader.inputs(
-                [values for _, values in variants], grad_scale, found_inf, deferred=deferred
+                [values for _, values in variants],
+                grad_scale,
+                found_inf,
+                deferred=deferred,
+                norm=on_gpu,
+                skips=clipped is not None and clipped.skips,
             )
+            if on_gpu is not None and clipped is not None:
+                of_gpu = inputs[on_gpu.gpu]
+                self._clipped.leave_there(plan, clipped, of_gpu, on_gpu, table.is_double)
         updated = plan.updated()
-        numbers = [extras.numbers(group, unscale) for group in groups] if asks else []
+        numbers: list[tuple[float, float, int, float]] = []
         if asks:
+            numbers = [
+                (*extras.numbers(group, unscale), clipping.most_of(group)) for group in groups
+            ]
             table.follow_masters()
             if any(variant & _WRITES_GRAD for variant in flags):
                 increment_version([param.grad for param in updated])
         # Before, not after: now torch's objects are in the caches.
         increment_version(updated + table.written)
         plan.step(hyper, scales, torch.get_num_threads(), inputs, numbers)
-        known = not deferred or found_inf is None  # whether there was an update
+        # Whether there was an update.
+        known = not deferred or (found_inf is None and not (clipped and clipped.skips))
         for buffer, count in table.cleared.items():
             buffer.mark_cleared(count if known and len(updated) == table.rows else 0)
         for other in table.others:
@@ -348,15 +373,25 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
         if asks:
             table.note_masters()
 
+    def _leaves_norm_there(self, table: Table, clipped: clipping.Asked) -> bool:
+        """Whether nobody has to wait for the norm of gradients on a GPU."""
+        counted_there = self.counts_steps and all(
+            group.get("capturable") or group.get("fused") for group in self.param_groups
+        )
+        may_skip = not clipped.skips or counted_there
+        return table.one_gpu is not None and not clipped.raises and may_skip
+
     def _clip(
         self, table: Table, clipped: clipping.Asked, unscale: float, *, is_new: bool
     ) -> float | None:
         """The gradients' norm, or None where the step is to be skipped for it."""
-        largest, goes_on = clipped.norm_type == math.inf, False
-        total = self._clipped.take_ahead(largest)
+        goes_on = False
+        total = self._clipped.take_ahead(clipped.largest)
         try:
             if total is None:
-                total = table.total(largest)
+                total = table.total(clipped.largest, self._clipped)
+            elif isinstance(total, gpu.Norm):
+                total = total.total
             norm = reference.norm_of(total, clipped.norm_type, unscale)
             goes_on = self._clipped.judge(norm, clipped, table.is_double)
         finally:
@@ -364,23 +399,40 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
                 self._undo(table, is_new=is_new)
         return norm if goes_on else None
 
-    def check_gradients(self) -> bool:
-        """Whether every gradient is finite, in one pass that only reads.
+    def check_gradients(self) -> torch.Tensor | None:
+        """Whether a gradient is not finite, as 1 or 0, in one pass that only reads.
 
         Where gradients are clipped, the pass is the one that the next step needs, and is not made
         again. For :class:`flatstep.GradScaler`, directly before a step.
+
+        Returns:
+            A 0-dim float32 tensor, where the gradients are; None where torch is to find out, as on
+            several GPUs.
         """
         clipped = clipping.asked(self.param_groups)
-        largest = clipped is None or clipped.norm_type == math.inf
-        table = self._table
+        largest = clipped is None or clipped.largest
+        table, total = self._table, None
+        self._clipped.ahead = None
         if table is not None and table.plan.matches(self.param_groups, self.state, table.flags):
-            total = table.total(largest)
+            if table.one_gpu is not None:
+                norm = self._clipped.on(table.one_gpu)
+                overflow = torch.empty((), dtype=torch.float32, device=norm.found.device)
+                norm.add_up(table.plan, largest=largest, overflow=overflow)
+                table.plan.release()
+                if clipped is not None:
+                    self._clipped.ahead = (norm, largest)
+                return overflow
+            if not table.gpus:
+                total = table.total(largest, self._clipped)
             table.plan.release()
-        else:
+        elif not self.is_on_gpu():
             connect_dtensor()
             total = sharding.total([found.param for found in self._find()], largest)
-        self._clipped.ahead = (total, largest) if clipped is not None else None
-        return math.isfinite(total)
+        if total is None:
+            return None
+        if clipped is not None:
+            self._clipped.ahead = (total, largest)
+        return torch.tensor(0.0 if math.isfinite(total) else 1.0)
 
     def _undo(self, table: Table, *, is_new: bool) -> None:
         """Takes back what was made for a step that then changes nothing."""

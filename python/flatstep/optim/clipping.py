@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flatstep import _core, reference
 from flatstep._torch import STORED
-from flatstep.optim import extras
-from flatstep.optim.routes import in_order_of, is_dense, is_plain, local_of
+from flatstep.optim import extras, gpu
+from flatstep.optim.routes import grad_of, in_order_of, is_dense, is_plain, local_of
 
 
 class Asked(NamedTuple):
@@ -21,6 +22,11 @@ class Asked(NamedTuple):
     norm_type: float
     raises: bool
     skips: bool
+
+    @property
+    def largest(self) -> bool:
+        """Whether the norm is the largest magnitude."""
+        return self.norm_type == math.inf
 
 
 def asked(groups: Sequence[Mapping[str, Any]]) -> Asked | None:
@@ -53,8 +59,14 @@ def _needs_norm(group: Mapping[str, Any]) -> bool:
 
 def factor(group: Mapping[str, Any], norm: float) -> float:
     """What a group's gradients are multiplied by."""
+    most = most_of(group)
+    return 1.0 if most < 0 else reference.clip_factor(norm, most)
+
+
+def most_of(group: Mapping[str, Any]) -> float:
+    """The norm that a group's gradients may have; negative where there is no limit."""
     most = extras.option(group, "max_grad_norm")
-    return 1.0 if most is None else reference.clip_factor(norm, float(most))
+    return -1.0 if most is None else float(most)
 
 
 @dataclass
@@ -62,28 +74,51 @@ class Outcome:
     """What became of an optimizer's norms.
 
     Attributes:
-        norm: The last one, or None.
+        norm: The last one, or the one on the GPU, or None.
         is_double: Whether there are float64 parameters.
-        skipped: How many steps it has left out.
+        skipped: How many steps the host has left out.
         ahead: What the next step is to use in place of a pass of its own: the sum of squares or the
-            largest magnitude of the gradients, and whether it is the latter.
+            largest magnitude of the gradients, or the one on the GPU, and whether it is the latter.
+        there: The norm on a GPU, once there has been one.
     """
 
-    norm: float | None = None
+    norm: float | gpu.Norm | None = None
     is_double: bool = False
     skipped: int = 0
-    ahead: tuple[float, bool] | None = None
+    ahead: tuple[float | gpu.Norm, bool] | None = None
+    there: gpu.Norm | None = None
 
     def as_tensor(self) -> torch.Tensor | None:
         """The last norm, 0-dim, in float32, or float64 where there are float64 parameters."""
-        if self.norm is None:
-            return None
-        return torch.tensor(self.norm, dtype=torch.float64 if self.is_double else torch.float32)
+        dtype = torch.float64 if self.is_double else torch.float32
+        if isinstance(self.norm, gpu.Norm):
+            return self.norm.as_tensor(dtype)
+        return None if self.norm is None else torch.tensor(self.norm, dtype=dtype)
 
-    def take_ahead(self, largest: bool) -> float | None:
+    def count_skipped(self) -> int:
+        """How many steps were left out, on the host and on a GPU."""
+        return self.skipped + (0 if self.there is None else self.there.skipped)
+
+    def on(self, index: int) -> gpu.Norm:
+        """The norm on a GPU."""
+        if self.there is None or self.there.gpu != index:
+            self.skipped = self.count_skipped()
+            self.there = gpu.Norm(index)
+        return self.there
+
+    def take_ahead(self, largest: bool) -> float | gpu.Norm | None:
         """What was computed ahead of this step, if it is of the wanted kind."""
         ahead, self.ahead = self.ahead, None
         return ahead[0] if ahead is not None and ahead[1] == largest else None
+
+    def leave_there(
+        self, plan: _core.Plan, of: Asked, inputs: gpu.Inputs, norm: gpu.Norm, is_double: bool
+    ) -> None:
+        """Finds the norm on a GPU, which makes of it what the host would."""
+        if self.take_ahead(of.largest) is not norm:
+            norm.add_up(plan, largest=of.largest)
+        norm.judge(inputs, largest=of.largest)
+        self.norm, self.is_double = norm, is_double
 
     def judge(self, norm: float, of: Asked, is_double: bool) -> bool:
         """Whether the step may go on.
@@ -104,40 +139,67 @@ class Outcome:
         return not of.skips
 
 
+def parts(params: Sequence[torch.Tensor], largest: bool) -> list[float]:
+    """The sum of squares, or the largest magnitude, of each gradient, in its parameter's order.
+
+    What no kernel reads goes through torch's operations. Each GPU is waited for.
+    """
+    by_kernels: dict[torch.device, dict[int, torch.Tensor]] = {}
+    by_torch: dict[torch.device, dict[int, torch.Tensor]] = {}
+    for place, param in enumerate(params):
+        grad = local_of(grad_of(param))
+        memory = memory_of(grad, local_of(param))
+        kind, tensor = (
+            (by_torch, by_operations(grad, largest)) if memory is None else (by_kernels, memory)
+        )
+        kind.setdefault(tensor.device, {})[place] = tensor
+    found: dict[int, float] = {}
+    for device, memories in by_kernels.items():
+        norms = _by_kernels([*memories.values()], largest, device)
+        found.update(zip(memories, norms, strict=True))
+    for there in by_torch.values():
+        found.update(zip(there, torch.stack([*there.values()]).tolist(), strict=True))
+    return [found[place] for place in range(len(params))]
+
+
 def memory_of(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor | None:
-    """A local gradient, or a copy, as memory in its parameter's order that a kernel can walk over.
-
-    None where it cannot.
-    """
-    if grad.layout != torch.strided or not is_plain(grad) or grad.device.type != "cpu":
+    """A local gradient in its parameter's order, where a kernel reads it."""
+    if grad.layout != torch.strided or not is_plain(grad):
         return None
-    return in_order_of(
-        grad, param if is_plain(param) and is_dense(param) else torch.empty_like(param)
-    )
+    dense = param if is_plain(param) and is_dense(param) else torch.empty_like(param)
+    return in_order_of(grad, dense)
 
 
-def piece_of(memory: torch.Tensor) -> tuple[int, str, int]:
-    """The address, type and size of such memory, in numbers: a complex one is two."""
-    count = memory.numel() * (2 if memory.is_complex() else 1)
-    return memory.data_ptr(), STORED[memory.dtype], count
+def _pieces(memories: Sequence[torch.Tensor]) -> tuple[list[int], list[str], list[int]]:
+    addresses = [memory.data_ptr() for memory in memories]
+    kinds = [STORED[memory.dtype] for memory in memories]
+    counts = [memory.numel() * (2 if memory.is_complex() else 1) for memory in memories]
+    return addresses, kinds, counts
 
 
-def part(param: torch.Tensor, largest: bool) -> float | torch.Tensor:
-    """The sum of squares, or the largest magnitude, of a gradient in its parameter's order.
-
-    What no kernel reads, such as a gradient on a GPU, goes through torch's operations, and is not
-    waited for.
-    """
-    assert param.grad is not None
-    grad = local_of(param.grad)
-    memory = memory_of(grad, local_of(param))
-    if memory is None:
-        return part_elsewhere(grad, largest)
-    return _core.norm(*piece_of(memory), largest, torch.get_num_threads())
+def _by_kernels(
+    memories: Sequence[torch.Tensor], largest: bool, device: torch.device
+) -> list[float]:
+    if device.type == "cpu":
+        return _core.norms(*_pieces(memories), largest, torch.get_num_threads())
+    return gpu.norms(*_pieces(memories), largest, device.index)
 
 
-def part_elsewhere(grad: torch.Tensor, largest: bool) -> torch.Tensor:
-    """The same of a local gradient through torch's operations."""
+def tiles_of(
+    memories: Sequence[torch.Tensor], largest: bool, device: torch.device
+) -> tuple[np.ndarray, list[int]]:
+    """The same of each tile of memory on one device, in order, and how many tiles each has."""
+    addresses, kinds, counts = _pieces(memories)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        tiles = np.frombuffer(_core.tile_norms(addresses, kinds, counts, largest, threads))
+    else:
+        tiles = gpu.tile_norms(addresses, kinds, counts, largest, device.index)
+    return tiles, [reference.tile_count(count) for count in counts]
+
+
+def by_operations(grad: torch.Tensor, largest: bool) -> torch.Tensor:
+    """The same of a local gradient through torch's operations, 0-dim, where it is."""
     if grad.layout != torch.strided:
         grad = grad.coalesce().values()
     values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
@@ -146,24 +208,10 @@ def part_elsewhere(grad: torch.Tensor, largest: bool) -> torch.Tensor:
     return norm if largest else norm * norm
 
 
-def numbers(parts: Sequence[float | torch.Tensor]) -> list[float]:
-    """The numbers in their places; each device is waited for once."""
-    devices = {x.device for x in parts if isinstance(x, torch.Tensor)}
-    waited = {
-        device: iter(
-            torch.stack(
-                [x for x in parts if isinstance(x, torch.Tensor) and x.device == device]
-            ).tolist()
-        )
-        for device in devices
-    }
-    return [next(waited[x.device]) if isinstance(x, torch.Tensor) else x for x in parts]
-
-
 def total(params: Sequence[torch.Tensor], largest: bool) -> float:
     """The same of all gradients that there are."""
     found = 0.0
-    for own in numbers([part(param, largest) for param in params if param.grad is not None]):
+    for own in parts([param for param in params if param.grad is not None], largest):
         if largest:
             found = found if found > own or found != found else own
         else:

@@ -9,7 +9,7 @@ import torch
 from flatstep import _core, flat
 from flatstep._torch import connect_dtensor
 from flatstep.optim import extras, gpu, sharding, states
-from flatstep.optim.routes import Found, Route, layout_of, local_of, overlapping, route_of
+from flatstep.optim.routes import Found, Route, grad_of, layout_of, local_of, overlapping, route_of
 from flatstep.optim.states import Wanted
 from flatstep.optim.table import Other, Table
 
@@ -17,13 +17,6 @@ from flatstep.optim.table import Other, Table
 VARIANTS: dict[str, dict[int, tuple[str, ...]]] = {
     rule["name"]: dict(rule["variants"]) for rule in _core.rules()
 }
-
-
-def grad_of(param: torch.Tensor) -> torch.Tensor:
-    """The gradient of a parameter that has one."""
-    grad = param.grad
-    assert grad is not None
-    return grad
 
 
 class Finding:

@@ -7,13 +7,31 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from flatstep import _core
+from flatstep import _core, reference
 
-# A GPU's stream, the addresses of the gradients' scale and overflow (0: none), and of each group's
-# hyper-parameters the address (0: the host knows the number) and whether it is of a double.
-Inputs = tuple[int, int, int, list[list[tuple[int, bool]]]]
+# A GPU's stream, the addresses of the gradients' scale and overflow (0: none), of each group's
+# hyper-parameters the address (0: the host knows the number) and whether it is of a double, the
+# address of the gradients' norm (0: none), and whether the step is left out where it is not finite.
+Inputs = tuple[int, int, int, list[list[tuple[int, bool]]], int, bool]
+
+
+def device(index: int) -> torch.device:
+    """One of the GPUs, by its number."""
+    return torch.device("cuda", index)
+
+
+def stream_of(index: int) -> int:
+    """The address of torch's current stream on a GPU."""
+    stream: int = torch.cuda.current_stream(index).cuda_stream
+    return stream
+
+
+def is_being_captured() -> bool:
+    """Whether the work of a GPU goes into a graph now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -37,6 +55,95 @@ def numbers(values: Sequence[Any], *, deferred: bool) -> list[float]:
     return [0.0 if deferred and is_there(value) else float(value) for value in values]
 
 
+class Norm:
+    """The norm of all gradients on a GPU, where steps read it and nobody waits for it.
+
+    Attributes:
+        gpu: Which.
+        found: What the norm is made of, the norm, and how many steps it has left out; in double.
+    """
+
+    def __init__(self, gpu: int) -> None:
+        self.gpu = gpu
+        self.found = torch.zeros(3, dtype=torch.float64, device=device(gpu))
+
+    def add_up(
+        self, plan: _core.Plan, *, largest: bool, overflow: torch.Tensor | None = None
+    ) -> None:
+        """Makes the sum of squares, or the largest magnitude, of the gradients that a plan found.
+
+        Args:
+            plan: All of its parameters are on this GPU.
+            largest: Which of the two.
+            overflow: A float32 that becomes 1 where it is not finite, and 0 where it is.
+        """
+        # Of the stream's memory, or of a graph's that is being captured.
+        room = torch.empty(plan.norm_room(self.gpu), dtype=torch.float64, device=self.found.device)
+        plan.norm_on_gpu(
+            self.gpu,
+            largest,
+            stream_of(self.gpu),
+            room.data_ptr(),
+            self.found.data_ptr(),
+            0 if overflow is None else overflow.data_ptr(),
+        )
+
+    def judge(self, inputs: Inputs, *, largest: bool) -> None:
+        """Makes the norm of it, and counts the step that will be left out for it."""
+        stream, scale, inf, _, _, skips = inputs
+        _core.judge_norm_on_gpu(self.gpu, stream, self.found.data_ptr(), largest, skips, scale, inf)
+
+    @property
+    def total(self) -> float:
+        """The sum of squares, or the largest magnitude; waits for it."""
+        return self.found[0].item()
+
+    def as_tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        """The norm, as it is now."""
+        return self.found[1].to(dtype, copy=True)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps it has left out; waits for them."""
+        return int(self.found[2].item())
+
+
+def norms(
+    addresses: Sequence[int], kinds: Sequence[str], counts: Sequence[int], largest: bool, index: int
+) -> list[float]:
+    """What ``_core.norms`` says of gradients, of those on a GPU; waits for it."""
+    found: list[float] = _norms(addresses, kinds, counts, largest, index)[-len(counts) :].tolist()
+    return found
+
+
+def tile_norms(
+    addresses: Sequence[int], kinds: Sequence[str], counts: Sequence[int], largest: bool, index: int
+) -> np.ndarray:
+    """The same of each tile of them."""
+    return _norms(addresses, kinds, counts, largest, index)[: -len(counts)].cpu().numpy()
+
+
+def _norms(
+    addresses: Sequence[int], kinds: Sequence[str], counts: Sequence[int], largest: bool, index: int
+) -> torch.Tensor:
+    """Those of the tiles, then those of the gradients."""
+    size = sum(map(reference.tile_count, counts)) + len(counts)
+    room, found = (
+        torch.empty(size, dtype=torch.float64, device=device(index)) for size in (size, 3)
+    )
+    _core.norms_on_gpu(
+        addresses,
+        kinds,
+        counts,
+        largest,
+        index,
+        stream_of(index),
+        room.data_ptr(),
+        found.data_ptr(),
+    )
+    return room
+
+
 class Reader:
     """The inputs of each GPU, and the tensors that they are the addresses of."""
 
@@ -51,8 +158,11 @@ class Reader:
         found_inf: torch.Tensor | None,
         *,
         deferred: bool,
+        norm: Norm | None = None,
+        skips: bool = False,
     ) -> dict[int, Inputs]:
         """What to read on each GPU; where nothing is deferred, only its stream."""
+        at = 0 if norm is None else norm.found.data_ptr()
         everything = {}
         for index in self._gpus:
             scale, inf = (
@@ -68,8 +178,7 @@ class Reader:
                 ]
                 for values in hyper
             ]
-            stream = torch.cuda.current_stream(index).cuda_stream
-            everything[index] = (stream, scale, inf, addresses)
+            everything[index] = (stream_of(index), scale, inf, addresses, at, skips)
         return everything
 
     def _number(self, value: torch.Tensor, gpu: int) -> tuple[int, bool]:
@@ -78,6 +187,6 @@ class Reader:
         return there.data_ptr(), there.dtype == torch.float64
 
     def _copy(self, value: torch.Tensor, gpu: int, dtype: torch.dtype) -> torch.Tensor:
-        there = value.detach().to(torch.device("cuda", gpu), dtype, non_blocking=True)
+        there = value.detach().to(device(gpu), dtype, non_blocking=True)
         self._kept.append(there)
         return there

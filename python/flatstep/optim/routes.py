@@ -108,6 +108,13 @@ def bits_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return as_placed(local_of(tensor).view(dtype), tensor)
 
 
+def grad_of(param: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter that has one."""
+    grad = param.grad
+    assert grad is not None
+    return grad
+
+
 def is_on_gpu(tensor: torch.Tensor) -> bool:
     """Whether the tensor is on a GPU that this build has kernels for."""
     return tensor.device.type == "cuda" and _core.gpu_count() > 0

@@ -13,15 +13,16 @@ class GradScaler(torch.amp.GradScaler):
     """torch's ``GradScaler``, whose check for overflow only reads the gradients of our optimizers.
 
     torch's reads and writes them in a pass of its own before a fused optimizer's step. Here it is
-    the pass that the norm needs anyway, made once, and on the CPU at the memory's speed. Everything
-    else, and every other optimizer, is as in :class:`torch.amp.GradScaler`, with its arguments.
+    the pass that the norm needs anyway, made once, at the memory's speed. Everything else, and
+    every other optimizer, is as in :class:`torch.amp.GradScaler`, with its arguments.
     """
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        if not isinstance(optimizer, Optimizer) or optimizer.is_on_gpu():
-            found: dict[Any, Any] = super()._check_inf_per_device(optimizer)
+        overflow = optimizer.check_gradients() if isinstance(optimizer, Optimizer) else None
+        found: dict[Any, Any]
+        if overflow is None:
+            found = super()._check_inf_per_device(optimizer)
         else:
-            overflow = torch.tensor(0.0 if optimizer.check_gradients() else 1.0)
-            found = {torch.device("cpu"): overflow}
+            found = {overflow.device: overflow}
             self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found

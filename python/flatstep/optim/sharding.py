@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flatstep import _core, reference
+from flatstep import _core
 from flatstep._torch import is_dtensor
 from flatstep.optim import clipping
 from flatstep.optim.routes import local_of
+from flatstep.reference import tile_count
 
 
 class Share(NamedTuple):
@@ -43,14 +44,13 @@ def share_of(param: torch.Tensor) -> Share:
     each shard, in the order of the ranks. One that is cut otherwise has one for each rank.
     """
     parts = 2 if param.is_complex() else 1
-    if not is_dtensor(param):
-        tiles = _tiles(param.numel() * parts)
-        return Share(0, tiles, 0, tiles)
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    cut: list[int] = []
+    if is_dtensor(param):
+        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
     if not cut:
-        tiles = _tiles(param.numel() * parts)
-        return Share(0, tiles, 0, tiles)
+        count = tile_count(param.numel() * parts)
+        return Share(0, count, 0, count)
     groups = tuple(mesh.get_group(dim) for dim in cut)
     ranks, rank = 1, 0
     for dim in cut:
@@ -62,7 +62,7 @@ def share_of(param: torch.Tensor) -> Share:
     row = math.prod(param.shape[1:])
     chunk = -(-rows // ranks)  # as torch.chunk: the last ranks may have fewer rows, or none
     full, rest = divmod(rows, chunk) if chunk else (0, 0)
-    tiles, tiles_of_rest = _tiles(chunk * row * parts), _tiles(rest * row * parts)
+    tiles, tiles_of_rest = tile_count(chunk * row * parts), tile_count(rest * row * parts)
     return Share(
         min(rank * chunk, rows) * row,
         full * tiles + tiles_of_rest,
@@ -81,10 +81,6 @@ def first_element_of(param: torch.Tensor) -> int:
 def _is_by_rows(placement: Any) -> bool:
     """Whether it is just ``Shard(0)``; a strided one is of another class, or a subclass."""
     return type(placement).__name__ == "Shard" and placement.dim == 0
-
-
-def _tiles(count: int) -> int:
-    return -(-count // reference.TILE)
 
 
 class Norms:
@@ -139,28 +135,27 @@ class Norms:
 
     def _write(self, slots: np.ndarray, which: Iterable[int], largest: bool, threads: int) -> None:
         """Writes the partial norms of some of the parameters to their places."""
-        walked, elsewhere = [], {}
+        by_kernels: dict[torch.device, dict[int, torch.Tensor]] = {}
         for index in which:
-            param, at, own = self._params[index], self._firsts[index], self._owns[index]
-            if param.grad is None or not own:
+            param, at = self._params[index], self._firsts[index]
+            if param.grad is None or not self._owns[index]:
                 continue
             grad = _placed_alike(param)
             memory = clipping.memory_of(grad, local_of(param))
             if memory is None:
-                elsewhere[at] = clipping.part_elsewhere(grad, largest)
+                slots[at] = float(clipping.by_operations(grad, largest))
             else:
-                walked.append((memory, at, own))
-        slots[list(elsewhere)] = clipping.numbers(list(elsewhere.values()))
-        gradients = [clipping.piece_of(memory) for memory, _, _ in walked]
-        tiles = np.frombuffer(_core.tile_norms(gradients, largest, threads))
-        begin = 0
-        for (_, at, own), (_, _, count) in zip(walked, gradients, strict=True):
-            mine = tiles[begin : begin + _tiles(count)]
-            begin += len(mine)
-            if own == len(mine):
-                slots[at : at + own] = mine
-            else:
-                slots[at] = _core.total_of_tiles(mine.ctypes.data, [len(mine)], largest)
+                by_kernels.setdefault(memory.device, {})[index] = memory
+        for device, memories in by_kernels.items():
+            tiles, counts = clipping.tiles_of([*memories.values()], largest, device)
+            begin = 0
+            for index, count in zip(memories, counts, strict=True):
+                at, mine = self._firsts[index], tiles[begin : begin + count]
+                begin += count
+                if self._owns[index] == count:
+                    slots[at : at + count] = mine
+                else:
+                    slots[at] = _core.total_of_tiles(mine.ctypes.data, [count], largest)
 
 
 def _placed_alike(param: torch.Tensor) -> torch.Tensor:

@@ -70,18 +70,25 @@ class Table:
         if self.masters:
             self.seen = self._versions()
 
-    def total(self, largest: bool) -> float:
+    @property
+    def one_gpu(self) -> int | None:
+        """The GPU that all gradients are on, if there is one and they are not shards."""
+        alone = self.only_gpus and len(self.gpus) == 1 and self.norms is None
+        return self.gpus[0] if alone else None
+
+    def total(self, largest: bool, clipped: clipping.Outcome) -> float:
         """The sum of squares, or the largest magnitude, of the gradients that the plan found."""
         if self.norms is not None:
             return self.norms.total(largest, None if self.gpus else self.plan)
+        if self.one_gpu is not None:
+            norm = clipped.on(self.one_gpu)
+            norm.add_up(self.plan, largest=largest)
+            return norm.total
         if self.gpus:
             return clipping.total(self.params, largest)
-        others = [
-            clipping.part(other.found.param, largest)
-            for other in self.others
-            if other.found.param.grad is not None
-        ]
-        return self.plan.norm(largest, [float(part) for part in others], torch.get_num_threads())
+        others = [other.found.param for other in self.others]
+        parts = clipping.parts([param for param in others if param.grad is not None], largest)
+        return self.plan.norm(largest, parts, torch.get_num_threads())
 
     def _versions(self) -> int:
         return sum(param._version for param, _ in self.masters)

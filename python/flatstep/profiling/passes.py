@@ -384,7 +384,7 @@ def _total(arrays: Arrays, norm_type: float) -> float:
     total = 0.0
     for grad in arrays.grads:
         kind, threads = STORED[grad.dtype], torch.get_num_threads()
-        own = _core.norm(grad.data_ptr(), kind, grad.numel(), largest, threads)
+        [own] = _core.norms([grad.data_ptr()], [kind], [grad.numel()], largest, threads)
         total = max(total, own) if largest else total + own
     return total
 

@@ -319,7 +319,7 @@ class Selection:
             for dtype in self.dtypes
             for size in self._sizes_of(dtype)
         )
-        of_norms = len(list(self.norms())) * len(self.isas_of_norms())
+        of_norms = len(list(self.norms())) * len(self.isas)
         return (of_a_variant * len(self.variants) + of_norms) * len(self.threads)
 
     def norms(self) -> Iterator[tuple[str, int, int, float]]:
@@ -330,10 +330,6 @@ class Selection:
                     for size in self.sizes:
                         if setup in self._setups_of(dtype, size):
                             yield from ((dtype, size, setup, of) for of in NORM_TYPES)
-
-    def isas_of_norms(self) -> list[str]:
-        """Those that have kernels for norms."""
-        return [isa for isa in self.isas if isa != GPU]
 
     def _sizes_of(self, dtype: str) -> Sequence[int]:
         if self.sizes_are_given or all_forms()[dtype].is_uniform:

@@ -12,7 +12,8 @@ import torch
 
 from flatstep import _core, reference
 from flatstep._torch import Arguments, update_memory
-from flatstep.verify.cases import FORMATS, SETUPS, Bits, Case, draw, draw_bits, format_of
+from flatstep.optim import gpu
+from flatstep.verify.cases import FORMATS, GPU, SETUPS, Bits, Case, draw, draw_bits, format_of
 
 GUARD = 64  # elements before and after each array that nobody may touch
 CACHE_LINE = 64  # bytes
@@ -189,7 +190,17 @@ class NormCase:
     def got(self, gradient: Bits, threads: int) -> float:
         """What the kernel in use says."""
         largest = self.norm_type == math.inf
-        return _core.norm(gradient.ctypes.data, self.dtype, self.size, largest, threads)
+        arguments = [gradient.ctypes.data], [self.dtype], [self.size]
+        return _core.norms(*arguments, largest, threads)[0]
+
+    def got_on_gpu(self, gradient: Bits) -> float:
+        """What torch's current GPU says, of a gradient as far from an aligned address."""
+        shift = SETUPS[self.setup].shift * gradient.itemsize
+        there = torch.empty(shift + gradient.nbytes, dtype=torch.uint8, device=GPU)
+        there[shift:].copy_(torch.from_numpy(gradient.view(np.uint8).copy()))
+        index, largest = torch.cuda.current_device(), self.norm_type == math.inf
+        [norm] = gpu.norms([there.data_ptr() + shift], [self.dtype], [self.size], largest, index)
+        return norm
 
 
 class Kernel:
