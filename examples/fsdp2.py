@@ -115,7 +115,7 @@ def work(rank: int, ranks: int, store: str | None, options: argparse.Namespace) 
     """A rank; the first one trains the whole model too, and reports."""
     torch.set_num_threads(1)
     if options.device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     backend = "nccl" if options.device == "cuda" else "gloo"
     limit = timedelta(minutes=2)
     if store is None:  # torchrun has said where
