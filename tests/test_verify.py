@@ -13,7 +13,7 @@ import torch
 
 import flatstep
 from flatstep import _core, verify
-from flatstep.verify import cases, compare, names, torch_distance
+from flatstep.verify import cases, compare, names, torch_distance, ulp
 
 Kernel = Callable[..., None]
 SMALL: dict[str, Any] = {"sizes": [65], "threads": [1, 2], "setups": [0], "distances": False}
@@ -275,5 +275,5 @@ def test_an_ulp_is_the_way_to_the_neighbour(dtype: str) -> None:
     pairs = [(5, 5, 0), (5, 6, 1), (infinity, infinity - 1, 1), (sign, 0, 0), (sign | 1, 2, 3)]
     pairs.append((sign | infinity, infinity, 2 * infinity))
     a, b, apart = zip(*pairs, strict=True)
-    ulp = torch_distance.ulp_distance(np.array(a, form.unsigned), np.array(b, form.unsigned), dtype)
-    assert ulp.tolist() == list(apart)
+    found = ulp.distance(np.array(a, form.unsigned), np.array(b, form.unsigned), dtype)
+    assert found.tolist() == list(apart)

@@ -1,4 +1,4 @@
-"""The command line: ``flatstep profile``, ``flatstep verify``, ``flatstep info``."""
+"""The command line: ``flatstep profile``, ``compare``, ``verify`` and ``info``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib.util
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-TOOLS = ("typer", "rich", "matplotlib")  # what the extra `tools` brings
+TOOLS = ("typer", "rich", "matplotlib", "plotly", "jinja2")  # what the extra `tools` brings
+CPUINFO = Path("/proc/cpuinfo")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -21,6 +23,7 @@ def main() -> None:
     import typer
 
     from flatstep.profiling.command import profile
+    from flatstep.profiling.compare_command import compare_profiles
     from flatstep.verify.command import verify
 
     app = typer.Typer(
@@ -30,8 +33,14 @@ def main() -> None:
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
     )
-    for command in (profile, verify, info):
-        app.command()(command)
+    commands: dict[str, Callable[..., None]] = {
+        "profile": profile,
+        "compare": compare_profiles,
+        "verify": verify,
+        "info": info,
+    }
+    for name, command in commands.items():
+        app.command(name)(command)
     app()
 
 
@@ -62,6 +71,7 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "processor": processor(),
         "instruction set": f"{flatstep.cpu_isa()} (FLATSTEP_ISA chooses another)",
         "in this build": ", ".join(isas),
         "on this processor": ", ".join(name for name, supported in isas.items() if supported),
@@ -73,6 +83,15 @@ def facts() -> dict[str, str]:
         "huge pages": _huge_pages(),
         "GPUs": str(_core.gpu_count()) if _core.gpu_count() else f"none: {_core.gpu_absence()}",
     }
+
+
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _huge_pages() -> str:

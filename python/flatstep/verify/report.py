@@ -35,7 +35,8 @@ def show(report: Report, console: Console) -> None:
     console.print(_verdict(report))
 
 
-def _table(title: str, caption: str) -> Table:
+def new_table(title: str, caption: str) -> Table:
+    """An empty table in the style of these reports."""
     return Table(
         title=title,
         caption=caption,
@@ -58,7 +59,7 @@ def _add_rows(table: Table, rows: Iterator[tuple[str, str, list[str]]]) -> Table
 
 
 def _tallies(report: Report) -> Table:
-    table = _table(
+    table = new_table(
         "Cases with the reference's bytes",
         f"a case: {UPDATES} updates of one variant, size and setup",
     )
@@ -89,7 +90,7 @@ def _tallies(report: Report) -> Table:
 
 def _distances(report: Report) -> Table:
     implementations = ("flatstep", *PATHS)
-    table = _table(
+    table = new_table(
         f"Parameters after {STEPS} steps: distance from the reference, torch {torch.__version__}",
         "worst / mean, in ULP of the dtype; flatstep's is 0, torch's is said, not judged",
     )
