@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -116,6 +117,28 @@ def test_precision_refuses_before_it_trains(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         precision.main(line)
+    assert ended.value.code == 2
+    assert line[0] in capsys.readouterr().err
+
+
+def test_profile_training_writes_what_it_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, lines = tmp_path / "trace.json", tmp_path / "steps.csv"
+    prof = example("profile_training").main(
+        ["--steps", "4", "--trace", str(trace), "--csv", str(lines)]
+    )
+    assert "AdamW: 4 steps of 6 tensors, 263,424 parameters" in capsys.readouterr().out
+    assert len(lines.read_text().splitlines()) == 1 + len(prof.rows()) == 5
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 12
+
+
+@pytest.mark.parametrize("line", [["--steps", "0"], ["--csv", "no/such/folder/steps.csv"]])
+def test_profile_training_refuses_before_it_trains(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        example("profile_training").main(line)
     assert ended.value.code == 2
     assert line[0] in capsys.readouterr().err
 

@@ -38,7 +38,7 @@ def flag_bits(rule: str) -> dict[str, int]:
     return {name: 1 << bit for bit, name in enumerate(RULES[rule]["flags"])}
 
 
-_WRITES_GRAD = _core.EXTRAS["writes_grad"]
+_WRITES_GRAD = extras.WRITES_GRAD
 
 
 def validate_implementation(options: dict[str, Any]) -> None:
@@ -64,6 +64,8 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
     kernel's memory (``_core.Plan``), creating states, and making one call a step.
     """
 
+    _watch: Any = None  # what records the steps
+    _releases = 0  # how many handles of step_in_backward() are in force
     later_options: ClassVar[dict[str, Any]]  # what a checkpoint of an older torch may lack
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Extras) -> None:
@@ -192,7 +194,8 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
 
         Raises:
             ValueError: An option needs all gradients at a time (``max_grad_norm``, GradScaler with
-                ``fused=True``), or they are in a :class:`flatstep.FlatBuffer`.
+                ``fused=True``), they are in a :class:`flatstep.FlatBuffer`, or
+                :func:`flatstep.profile` is recording.
         """
         release.refuse(self)
         return Release(self)

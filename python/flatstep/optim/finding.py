@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,7 @@ class Finding:
     param_groups: list[dict[str, Any]]
     state: Any
     _elements_before = 0  # of parameters in front of this optimizer's, for chance
+    _make_plan: Callable[[str], _core.Plan] = _core.Plan  # a recording has its own
     _gather: bool  # whether states are to be moved into new flat buffers
     _table: Table | None
 
@@ -121,7 +123,7 @@ class Finding:
                 step_device=self._step_device,
                 gather=self._gather,
             )
-        plan = _core.Plan(self.rule)
+        plan = self._make_plan(self.rule)
         plan.begin(flags)
         others: list[Other] = []
         rows = 0

@@ -322,7 +322,7 @@ class _Session:
                     if self.buckets:
                         self._measure_buckets(case, task)
                 finally:
-                    case.buckets = [each for each in case.buckets if each.refused or each.results]
+                    case.buckets = [bucket for bucket in case.buckets if bucket.says_something]
                     if case.refused or case.results:
                         on_case(case)
             del ground
@@ -377,7 +377,7 @@ class _Session:
             try:
                 self._measure_points(task, sweep)
             finally:
-                sweep.points = [point for point in sweep.points if point.refused or point.results]
+                sweep.points = [point for point in sweep.points if point.says_something]
                 found = overheads(sweep) if sweep.axis == "tensors" else []
                 self.report.overheads += found
                 if sweep.points:

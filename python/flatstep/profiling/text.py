@@ -70,7 +70,7 @@ def machine_line(report: Report) -> str:
 def case_title(case: Case) -> tuple[str, str]:
     """What a case is, and how large."""
     size = (
-        f"{_count(case.tensors, 'tensor')}, {millions(case.parameters)} parameters, "
+        f"{counted(case.tensors, 'tensor')}, {millions(case.parameters)} parameters, "
         f"{format_bytes(case.bytes_moved)} a step, {case.bytes_per_parameter:.3g} bytes a parameter"
     )
     return f"{case.title} × {case.optimizer}, {case.dtype}", size
@@ -286,7 +286,7 @@ def _ms_or_problem(result: Result | None) -> str:
 
 def plain_passes(passes: Sequence[Pass]) -> str:
     """The passes' title and table, for a terminal of which nothing is known."""
-    lines = ["   ".join(pass_title(passes)), *_plain_table(PASS_COLUMNS, pass_rows(passes))]
+    lines = ["   ".join(pass_title(passes)), *plain_table(PASS_COLUMNS, pass_rows(passes))]
     return "\n".join([*lines, *pass_refusals(passes), ""])
 
 
@@ -300,24 +300,25 @@ def plain_case(case: Case) -> str:
     lines = ["   ".join(case_title(case))]
     if case.refused is not None:
         return "\n".join([*lines, f"  refused: {case.refused}", ""])
-    lines += _plain_table(*case_rows(case))
+    lines += plain_table(*case_rows(case))
     if case.buckets:
-        lines += ["", "   ".join(BUCKET_TITLE), *_plain_table(*bucket_rows(case))]
+        lines += ["", "   ".join(BUCKET_TITLE), *plain_table(*bucket_rows(case))]
         lines += [*legend(case.buckets), *bucket_refusals(case)]
     return "\n".join([*lines, ""])
 
 
 def plain_sweep(sweep: Sweep, found: Sequence[Overhead]) -> str:
     """A sweep's title and table, and what a step and a tensor cost by it."""
-    lines = ["   ".join(sweep_title(sweep)), *_plain_table(*sweep_rows(sweep))]
+    lines = ["   ".join(sweep_title(sweep)), *plain_table(*sweep_rows(sweep))]
     lines += [*legend(sweep.points), *sweep_refusals(sweep), ""]
     if found:
         lines += ["   ".join(overhead_title(found))]
-        lines += [*_plain_table(OVERHEAD_COLUMNS, overhead_rows(found)), ""]
+        lines += [*plain_table(OVERHEAD_COLUMNS, overhead_rows(found)), ""]
     return "\n".join(lines)
 
 
-def _plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
+def plain_table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The lines of a table: words to the left, figures to the right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = []
     for row in [columns, *rows]:
@@ -342,7 +343,7 @@ def problem_lines(report: Report) -> list[str]:
         whose = next((name for name in named if place.endswith(f", {name}")), place)
         lines.setdefault((whose, short_problem(problem)), []).append(f"{place}: {problem}")
     return [
-        f"{first}; and so in {_count(len(others), 'other race')}" if others else first
+        f"{first}; and so in {counted(len(others), 'other race')}" if others else first
         for first, *others in lines.values()
     ]
 
@@ -365,6 +366,8 @@ def advice(report: Report) -> list[str]:
             "`--against package.module:Class` your own optimizer; "
             f"`{verify}` proves the bits"
         )
+    elif report.measured_passes or report.measured_sweeps:
+        lines.append("`--html report.html` draws this, `--json FILE` keeps it")
     return lines
 
 
@@ -406,7 +409,8 @@ def _named_advice(report: Report) -> list[str]:
     }
     return [
         f"{name} does another update than torch's: give it the same options after a comma, as in "
-        "package.module:Class,weight_decay=0.01, or name another rule before it, as in adamw="
+        "package.module:Class,weight_decay=0.01, or name another rule before it, as in adamw=; "
+        "`flatstep verify --optimizer package.module:Class` says where they part"
         for name in sorted(wrong)
     ]
 
@@ -494,7 +498,8 @@ def peak(count: int) -> str:
     return f"<{format_bytes(TELLABLE)}" if count < TELLABLE else format_bytes(count)
 
 
-def _count(count: int, thing: str) -> str:
+def counted(count: int, thing: str) -> str:
+    """A count, and what is counted."""
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
