@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from typer.testing import CliRunner
 
 from flatstep import profiling
-from flatstep.profiling import memory, text, training
+from flatstep.profiling import memory, probe, text, training
 from flatstep.profiling.command import profile as command
 from flatstep.profiling.device import Cpu
 from flatstep.profiling.implementations import build_named, hyperparameters
@@ -26,6 +26,7 @@ APP = typer.Typer()
 APP.command()(command)
 
 MODULE = '''
+import os
 import torch
 
 class SlowAdam(torch.optim.Adam):
@@ -47,6 +48,14 @@ class NoAdam:
 class ExitingAdam(torch.optim.Adam):
     def step(self, closure=None):
         raise SystemExit(3)
+
+class CrashingAdam(torch.optim.Adam):
+    def step(self, closure=None):
+        os.abort()
+
+class LeavingAdam(torch.optim.Adam):
+    def step(self, closure=None):
+        os._exit(0 if len(self.param_groups[0]["params"]) > 4 else 7)
 
 class TiredAdam(torch.optim.Adam):
     """Right while it is checked."""
@@ -109,6 +118,13 @@ def invoke(*args: str) -> tuple[int, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
+
+
+@pytest.fixture(autouse=True)
+def _untried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for every optimizer of every test would take minutes."""
+    if "tried" not in request.keywords:
+        monkeypatch.setattr(probe, "tried", lambda subject, device: subject)
 
 
 # ---- what is named
@@ -177,6 +193,28 @@ def test_a_named_class_is_built_to_do_what_torchs_does():
 
 
 # ---- the race
+
+
+@pytest.mark.tried
+@pytest.mark.parametrize(
+    ("name", "how"), [("CrashingAdam", "with SIGABRT"), ("LeavingAdam", "with exit code 7")]
+)
+def test_an_optimizer_that_ends_its_process_does_not_end_this_one(mine: str, name: str, how: str):
+    [case] = report([subject_of(f"{mine}:{name}"), subject_of(f"{mine}:SlowAdam")]).measured
+    *_, crashed, right = case.results
+    assert crashed.timing is None
+    assert crashed.problem is not None
+    assert f"3 steps over 4 small tensors ended its process {how}" in crashed.problem
+    assert f"`flatstep verify --optimizer {mine}:{name}`" in crashed.problem
+    assert right.problem is None
+
+
+@pytest.mark.tried
+def test_an_optimizer_that_hangs_is_not_waited_for(mine: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe, "MOST_SECONDS", 0.1)
+    found = probe.tried(subject_of(f"{mine}:SlowAdam"), "cpu")
+    with pytest.raises(RuntimeError, match="did not end within 0 s"):
+        found([])
 
 
 def test_a_named_optimizer_is_raced_where_its_rule_is(mine: str):

@@ -236,3 +236,27 @@ def test_the_readme_says_how_many_bytes_a_mode_holds_and_moves() -> None:
         for name, (dtype, grad, options) in ROWS.items()
     }
     assert said == found
+
+
+def test_fsdp2_trains_as_one_process_does_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    kept = tmp_path / "losses.pt"
+    line = [sys.executable, str(EXAMPLES / "fsdp2.py"), "--steps", "12", "--save", str(kept)]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr
+    losses = torch.load(kept)
+    assert len(losses["alone"]) == len(losses["sharded"]) == 12
+    assert losses["sharded"] == pytest.approx(losses["alone"], rel=0.02)
+    assert losses["sharded"][-1] < 0.75 * losses["sharded"][0]
+    assert "Warning" not in ended.stderr
+    assert f"{losses['sharded'][-1]:.4f}" in ended.stdout
+    assert "from step 7 on" in ended.stdout
+
+
+@pytest.mark.parametrize("line", [["--steps", "1"], ["--save", "no/such/folder/losses.pt"]])
+def test_fsdp2_refuses_before_it_trains(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        example("fsdp2").main(line)
+    assert ended.value.code == 2
+    assert line[0] in capsys.readouterr().err

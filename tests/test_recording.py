@@ -633,6 +633,18 @@ def test_the_limit_is_measured_once(
     assert prof.limit("AdamW") == limit
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_handful_of_numbers_has_a_limit_too(count: int) -> None:
+    param = Parameter(torch.zeros(count))
+    param.grad = torch.ones(count)
+    opt = flatstep.AdamW([param], max_grad_norm=1.0)
+    with flatstep.profile(opt) as prof:
+        opt.step()
+    [row] = prof.rows()
+    assert row.of_limit is not None
+    assert row.of_limit > 0
+
+
 def test_the_limits_arrays_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "SECONDS", 0.01)
     monkeypatch.setattr(traffic, "MOST_BYTES", 1 << 16)

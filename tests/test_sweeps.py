@@ -122,7 +122,7 @@ def test_a_size_that_does_not_fit_is_refused_and_the_others_are_measured(
 
 def test_an_interrupt_leaves_the_points_that_were_measured():
     def interrupt(done: float, label: str) -> None:
-        if label.endswith(": 16"):
+        if label.endswith(": 16") and done > 0.7:  # in its first steps
             raise KeyboardInterrupt
 
     shown: list[Sweep] = []

@@ -9,7 +9,6 @@ import torch
 
 from flatstep import flat
 from flatstep.optim import clipping, extras
-from flatstep.optim.routes import local_of
 
 if TYPE_CHECKING:
     from flatstep.optim.base import Optimizer
@@ -29,7 +28,7 @@ class Release:
                 if param.requires_grad:
                     step = partial(self._step, index, place, before)
                     self._hooks.append(param.register_post_accumulate_grad_hook(step))
-                before += local_of(param).numel()
+                before += param.numel()
         optimizer._releases += 1
 
     def remove(self) -> None:

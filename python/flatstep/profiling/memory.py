@@ -65,7 +65,7 @@ class Watch:
 
     Linux keeps the highest count of a process's pages, and lets the process set it back: what a
     step takes and gives back within itself is seen too, whoever allocates it. Free memory that the
-    C library holds goes back to the system first; what a step took out of it would not be seen.
+    C library holds goes back to the system first: what a step takes out of it is then seen as well.
     The count is exact to some pages for each core, and code that is run for the first time takes
     pages too: less than :data:`TELLABLE` is nothing.
     """

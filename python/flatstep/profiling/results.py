@@ -97,6 +97,12 @@ class Measured:
         """Whether there is at least one time."""
         return any(result.timing is not None for result in self.results)
 
+    @property
+    def says_something(self) -> bool:
+        """Whether there is a time, a refusal or a problem."""
+        problems = any(result.problem is not None for result in self.results)
+        return self.is_timed or self.refused is not None or problems
+
     def rate(self, timing: Timing) -> float:
         """The bytes moved, in 1e9 a second."""
         return self.bytes_moved / timing.median / 1e9

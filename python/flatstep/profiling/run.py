@@ -17,7 +17,7 @@ import torch
 import flatstep
 from flatstep._torch import DTYPES
 from flatstep.cli import processor
-from flatstep.profiling import memory, passes, training
+from flatstep.profiling import memory, passes, probe, training
 from flatstep.profiling.case import Ground, bytes_of, measure
 from flatstep.profiling.device import Device, device_named
 from flatstep.profiling.implementations import Rivals, optimizer_named, states_kept
@@ -179,7 +179,8 @@ def run(
         sweeps: The sweeps to measure, as from :func:`~flatstep.profiling.sweeps.plan_sweeps`.
         buckets: Whether each case is measured over its tensors of each size alone, too.
         against: Optimizers to race wherever their rule is measured: in cases, passes, sweeps and
-            the whole step. One with another result, or that fails, gets no time.
+            the whole step. One with another result, or that fails, gets no time; one that takes a
+            process down is not raced.
         device: Where: "cpu", or "cuda" for torch's current GPU.
         threads: How many threads of the CPU to use; None for as many as torch does.
         rounds: How often each implementation takes its turn; None for as often as time allows.
@@ -206,7 +207,9 @@ def run(
         passes = plan_passes() if tasks is None and device == "cpu" else []
     if tasks is None:
         tasks = plan(device=device)
-    rivals = Rivals(slow_paths, tuple(against))
+    for subject in against:
+        on_progress(0.0, f"{subject.label}, in a process of its own")
+    rivals = Rivals(slow_paths, tuple(probe.tried(subject, device) for subject in against))
     session = _Session(place, rivals, rounds, seconds, buckets, on_progress)
     session.weigh(tasks, passes, sweeps, whole_step)
     try:
@@ -322,7 +325,7 @@ class _Session:
                     if self.buckets:
                         self._measure_buckets(case, task)
                 finally:
-                    case.buckets = [each for each in case.buckets if each.refused or each.results]
+                    case.buckets = [bucket for bucket in case.buckets if bucket.says_something]
                     if case.refused or case.results:
                         on_case(case)
             del ground
@@ -377,7 +380,7 @@ class _Session:
             try:
                 self._measure_points(task, sweep)
             finally:
-                sweep.points = [point for point in sweep.points if point.refused or point.results]
+                sweep.points = [point for point in sweep.points if point.says_something]
                 found = overheads(sweep) if sweep.axis == "tensors" else []
                 self.report.overheads += found
                 if sweep.points:

@@ -366,6 +366,8 @@ def advice(report: Report) -> list[str]:
             "`--against package.module:Class` your own optimizer; "
             f"`{verify}` proves the bits"
         )
+    elif report.measured_passes or report.measured_sweeps:
+        lines.append("`--html report.html` draws this, `--json FILE` keeps it")
     return lines
 
 
@@ -407,7 +409,8 @@ def _named_advice(report: Report) -> list[str]:
     }
     return [
         f"{name} does another update than torch's: give it the same options after a comma, as in "
-        "package.module:Class,weight_decay=0.01, or name another rule before it, as in adamw="
+        "package.module:Class,weight_decay=0.01, or name another rule before it, as in adamw=; "
+        "`flatstep verify --optimizer package.module:Class` says where they part"
         for name in sorted(wrong)
     ]
 

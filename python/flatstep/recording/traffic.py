@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SECONDS = 0.3  # of measuring the limit, after its arrays have been made
 MOST_BYTES = 256 << 20  # of these arrays: far more than most caches hold, and soon made
+LEAST_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def measure_limit(
     """How many bytes a second this machine moves of as many, in the same proportions, in 1e9.
 
     On the host on memory pages like those of the parameters and states, and on torch's threads.
-    Of large models less is moved: what counts is that it is far more than a cache holds.
+    Of large models less is moved: what counts is that it is far more than a cache holds. Of a
+    handful of numbers more, so that there is something to time.
     """
     from flatstep.profiling.limit import Copies, Mix, Moved, Streams
     from flatstep.profiling.measure import Race, on_the_gpu, on_the_host
@@ -106,7 +108,7 @@ def measure_limit(
         call = Copies(round(moved / 3), torch.device("cuda", traffic.gpu)).traffic(0)
     else:
         largest = max(Mix.of(walk).nbytes for walk in walks)
-        share = min(1.0, MOST_BYTES / largest)
+        share = min(max(1.0, LEAST_BYTES / largest), MOST_BYTES / largest)
         walks = [Moved(*(share * own for own in walk)) for walk in walks]
         streams = Streams(max(Mix.of(walk).nbytes for walk in walks))
         moved = sum(sum(walk) for walk in walks)

@@ -335,6 +335,14 @@ class TimedPlan:
         self._visibly(NORM, self.plan.norm_on_gpu, *args)
         watch.norm_end = perf_counter()
 
+    def write_norms(self, *args: Any) -> list[int]:
+        """The norms of ``_core.Plan`` of shards; what the ranks then send is not among its time."""
+        watch = self._watch
+        watch.norm_begin = perf_counter()
+        found: list[int] = self._visibly(NORM, self.plan.write_norms, *args)
+        watch.norm_end = perf_counter()
+        return found
+
     def _find_gpus(self) -> list[int]:
         return [device for device in self.plan.devices() if device >= 0]
 
