@@ -144,6 +144,32 @@ def test_profile_training_refuses_before_it_trains(
     assert line[0] in capsys.readouterr().err
 
 
+def test_gpt_trains_alike_in_all_three(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    gpt = example("gpt")
+    monkeypatch.setattr(gpt, "LAYERS", 1)
+    picture = tmp_path / "gpt.svg"
+    theirs, ours, split = gpt.main(["--steps", "8", "--out", str(picture)]).values()
+    assert len(ours.losses) == 8
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    assert split.losses == pytest.approx(theirs.losses, abs=0.05)
+    assert ours.held_out < ours.losses[0]
+    assert "<svg" in picture.read_text()
+    printed = capsys.readouterr().out
+    assert f"{ours.milliseconds('update'):.2f} ms" in printed
+    assert f"{split.held_out:.4f}" in printed
+
+
+@pytest.mark.parametrize("line", [["--steps", "1"], ["--out", "no/such/folder/gpt.svg"]])
+def test_gpt_refuses_before_it_trains(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        example("gpt").main(line)
+    assert ended.value.code == 2
+    assert line[0] in capsys.readouterr().err
+
+
 # The packages that they need, and the shortest training.
 LOOPS = {
     "huggingface": (["transformers", "accelerate"], "--steps", 10),
