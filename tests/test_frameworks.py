@@ -296,6 +296,15 @@ class TestLightningClips:
         inside = lightning(tmp_path / "inside", flatstep.AdamW, max_grad_norm=0.25)
         assert_trained_alike(inside.model, theirs.model)
 
+    def test_not_in_mixed_precision_what_undoes_the_scale_itself(self, tmp_path: Path) -> None:
+        clips = {"gradient_clip_val": 0.25, "precision": "bf16-mixed"}
+        for cls in CLASSES:
+            with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+                lightning(tmp_path / cls.__module__, cls, trainer=clips, fused=True)
+        mixed = {"precision": "bf16-mixed"}
+        module = lightning(tmp_path, flatstep.AdamW, trainer=mixed, fused=True, max_grad_norm=0.25)
+        assert module.optimizers().optimizer.grad_norm is not None
+
     def test_and_is_told_of_where_the_optimizer_does_too(self, tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match=r"by Trainer\(gradient_clip_val=0.25\)"):
             lightning(
