@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
 import flatstep
@@ -208,6 +210,37 @@ def test_accelerate_goes_on_from_its_checkpoint_to_the_bit(
 def test_accelerate_that_clips_too_is_noticed(accelerator: Any) -> None:
     with pytest.warns(UserWarning, match="seem to be clipped twice: at 3 steps .* was 0.25"):
         accelerated(accelerator, flatstep.AdamW, clips=0.25, max_grad_norm=1.0)
+
+
+@pytest.fixture
+def sharding(accelerator: Any) -> Iterator[Any]:
+    """Accelerate with FSDP2 on one process; by itself it shards on GPUs only."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
+    )
+    yield accelerator
+    dist.destroy_process_group()
+
+
+def test_accelerate_that_shards_exchanges_the_parameters(sharding: Any) -> None:
+    model = Model()
+    opt = flatstep.AdamW(model.parameters(), **OPTIONS, max_grad_norm=0.5)
+    prepared, wrapped = sharding.prepare(model, opt)
+    for row in rows()[:STEPS]:
+        sharding.backward(prepared(**row)["loss"])
+        wrapped.step()
+        wrapped.zero_grad()
+    for param, before in zip(prepared.parameters(), Model().parameters(), strict=True):
+        assert isinstance(param, DTensor)
+        assert isinstance(opt.state[param]["exp_avg"], DTensor)
+        assert opt.state[param]["step"] == STEPS
+        assert not torch.equal(param.full_tensor(), before)
+    assert [*map(id, opt.state)] == [*map(id, prepared.parameters())]
 
 
 # ---- Lightning
