@@ -228,7 +228,15 @@ def test_a_larger_threshold_lets_it_pass(tmp_path: Path):
     before, after = (report(case(result("flatstep", s))) for s in (1.0, 1.2))
     code, out = invoke(*files(tmp_path, before, after), "--threshold", "25%")
     assert code == 0
-    assert "slower by more than 25% beyond the noise nowhere" in out
+    assert "nothing became slower by more than 25% beyond the noise" in out
+
+
+def test_an_optimizer_that_was_named_is_judged_too():
+    def named(seconds: float) -> Report:
+        return report(case(result("flatstep", 1.0), result("my.MyAdam, eps=0.1", seconds)))
+
+    assert compare(named(1.0), named(1.2), 0.05).exit_code == 1
+    assert compare(named(1.2), named(1.0), 0.05).exit_code == 0
 
 
 def test_noise_above_the_threshold_is_said(tmp_path: Path):
@@ -316,4 +324,4 @@ def test_a_threshold_is_a_share_in_per_cent(text: str, share: float):
 def test_figures_of_an_earlier_version_can_be_compared(name: str):
     code, out = invoke(str(RESULTS / f"{name}.json"), str(RESULTS / f"{name}-second-run.json"))
     assert code in (0, 1)
-    assert "→ flatstep:" in out
+    assert "→ measured:" in out

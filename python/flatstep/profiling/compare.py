@@ -78,21 +78,22 @@ class Row:
     Attributes:
         place: What was measured, such as "gpt2 × adam, float32".
         implementation: Such as "flatstep flat".
-        ours: Whether it is flatstep's.
+        judged: Whether its change decides: every one but torch's own paths.
         unit: What the times are divided by before they are compared: the limit of the same run,
             torch's time in the same run, or nothing.
         a: In the first run.
         b: In the second run.
         change: How much the cost has grown, as a share of the first.
         verdict: What became of it. "within noise" where the quartiles of the two costs overlap.
-        past_threshold: Whether flatstep's became slower by more than the threshold, or fails.
+        past_threshold: Whether it is judged, and became slower by more than the threshold, or
+            fails.
         again: The options of ``flatstep profile`` that measure it.
         problem: Why there is no time in the second run.
     """
 
     place: str
     implementation: str
-    ours: bool
+    judged: bool
     unit: Unit
     a: Figures | None
     b: Figures | None
@@ -139,12 +140,12 @@ class Comparison:
 
     @property
     def blind(self) -> list[Row]:
-        """Those of flatstep's rows where a change as large as the threshold would be noise."""
-        return [row for row in self.compared if row.ours and row.noise > self.threshold]
+        """Those of the judged rows where a change as large as the threshold would be noise."""
+        return [row for row in self.compared if row.judged and row.noise > self.threshold]
 
     @property
     def exit_code(self) -> int:
-        """1 where something of flatstep's became too slow, 2 where nothing could be compared."""
+        """1 where something that is judged became too slow, 2 where nothing could be compared."""
         if self.past_threshold:
             return 1
         return 0 if self.compared else 2
@@ -160,7 +161,7 @@ class _Entry:
 
     place: str
     implementation: str
-    ours: bool
+    judged: bool
     again: str
     problem: str | None
     timing: Timing | None
@@ -235,7 +236,7 @@ def _entries(report: Report) -> Iterator[tuple[Key, _Entry]]:
             entry = _Entry(
                 place=place,
                 implementation=result.implementation,
-                ours=result.ours,
+                judged=not result.of_torch,
                 again=again[place],
                 problem=result.problem,
                 timing=result.timing,
@@ -249,7 +250,9 @@ def _entries(report: Report) -> Iterator[tuple[Key, _Entry]]:
         place = f"whole step, {whole.model} × {whole.optimizer}"
         torch = next((way.total for way in whole.results if way.way == training.TORCH), None)
         for way in whole.results:
-            entry = _Entry(place, way.way, way.ours, WHOLE_STEP, way.problem, way.total, torch)
+            entry = _Entry(
+                place, way.way, way.way != training.TORCH, WHOLE_STEP, way.problem, way.total, torch
+            )
             yield (place, whole.parameters, way.way), entry
 
 
@@ -306,13 +309,13 @@ def _row(a: _Entry | None, b: _Entry | None, threshold: float) -> Row | None:
     return Row(
         place=known.place,
         implementation=known.implementation,
-        ours=known.ours,
+        judged=known.judged,
         unit=unit,
         a=before,
         b=after,
         change=change,
         verdict=verdict,
-        past_threshold=known.ours and (too_slow or verdict == "fails in B"),
+        past_threshold=known.judged and (too_slow or verdict == "fails in B"),
         again=known.again,
         problem=b.problem if b else None,
     )

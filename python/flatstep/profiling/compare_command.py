@@ -57,7 +57,7 @@ def compare_profiles(
 
     Times are divided by the machine's limit of their own run, or torch's time where there is none:
     two runs on a shared machine have that in common, and not the clock. Exit codes: 1 where
-    something of flatstep's became slower by more than the threshold, beyond the noise, or fails;
+    something became slower by more than the threshold, beyond the noise, or fails;
     2 where nothing could be compared.
     """
     try:
@@ -130,7 +130,7 @@ def _table(place: str, unit: Unit, rows: list[Row], wide: bool) -> RenderableTyp
             "" if row.change is None else f"{row.change:+.1%}",
             *(_noise(each) for each in both),
             f"[{style}]{row.verdict}[/]",
-            style="bold" if row.ours else "",
+            style="bold" if row.judged else "",
         )
     return Group(title, table, "")
 
@@ -166,20 +166,20 @@ def advice(comparison: Comparison, a: Path) -> list[str]:
         ]
     threshold = f"{comparison.threshold * 100:.3g}%"
     slow, blind = comparison.past_threshold, comparison.blind
-    lines = [_tally("flatstep", True, comparison), _tally("others", False, comparison)]
-    said = f"flatstep became slower by more than {threshold} beyond the noise"
+    lines = [_tally("measured", True, comparison), _tally("torch", False, comparison)]
+    slower = f"became slower by more than {threshold} beyond the noise"
     if slow:
         lines.append(
-            f"{said}, or fails, {_times(len(slow))}: measure that again, for longer, before you "
-            "look for the cause"
+            f"something {slower}, or fails, {_times(len(slow))}: measure that again, for longer, "
+            "before you look for the cause"
         )
     elif blind:
         lines.append(
-            f"{said} nowhere, but {_times(len(blind))} the noise is larger than that, or unknown: "
-            "measure that again, for longer, on a quiet machine"
+            f"nothing {slower}, but {_times(len(blind))} the noise is larger than that, or "
+            "unknown: measure that again, for longer, on a quiet machine"
         )
     else:
-        lines.append(f"{said} nowhere: hold the next run against the second file")
+        lines.append(f"nothing {slower}: hold the next run against the second file")
     options = list(dict.fromkeys(row.again for row in slow or blind))
     commands = [f"`flatstep profile {each} {AGAIN}`" for each in options]
     if len(commands) > COMMANDS_SHOWN:
@@ -188,8 +188,8 @@ def advice(comparison: Comparison, a: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _tally(whose: str, ours: bool, comparison: Comparison) -> str:
-    verdicts = Counter(row.verdict for row in comparison.rows if row.ours is ours)
+def _tally(whose: str, judged: bool, comparison: Comparison) -> str:
+    verdicts = Counter(row.verdict for row in comparison.rows if row.judged is judged)
     said = [f"{count} {name}" for name, count in verdicts.items() if name != "yardstick"]
     return f"{whose}: {', '.join(said)}" if said else ""
 
