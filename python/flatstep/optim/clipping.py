@@ -73,7 +73,7 @@ class Outcome:
     """What became of an optimizer's norms.
 
     Attributes:
-        norm: The last one, or the one on the GPU, or None.
+        norm: The last one, or the one on the GPU, or a compiled graph's, or None.
         is_double: Whether there are float64 parameters.
         skipped: How many steps the host has left out.
         ahead: What the next step is to use in place of a pass of its own: the sum of squares or the
@@ -81,7 +81,7 @@ class Outcome:
         there: The norm on a GPU, once there has been one.
     """
 
-    norm: float | gpu.Norm | None = None
+    norm: float | gpu.Norm | torch.Tensor | None = None
     is_double: bool = False
     skipped: int = 0
     ahead: tuple[float | gpu.Norm, bool] | None = None
@@ -92,6 +92,8 @@ class Outcome:
         dtype = torch.float64 if self.is_double else torch.float32
         if isinstance(self.norm, gpu.Norm):
             return self.norm.as_tensor(dtype)
+        if isinstance(self.norm, torch.Tensor):
+            return self.norm.to(dtype)
         return None if self.norm is None else torch.tensor(self.norm, dtype=dtype)
 
     def count_skipped(self) -> int:
@@ -192,8 +194,17 @@ def _by_torch(param: torch.Tensor, largest: bool) -> torch.Tensor:
 
 def total(params: Sequence[torch.Tensor], largest: bool) -> float:
     """The same of all gradients that there are."""
+    return _sum(parts([param for param in params if param.grad is not None], largest), largest)
+
+
+def total_of(memories: Sequence[torch.Tensor], largest: bool) -> float:
+    """The same of gradients on the CPU that kernels can read, each in its parameter's order."""
+    return _sum(_by_kernels(memories, largest, torch.device("cpu")), largest)
+
+
+def _sum(each: Sequence[float], largest: bool) -> float:
     found = 0.0
-    for own in parts([param for param in params if param.grad is not None], largest):
+    for own in each:
         if largest:
             found = found if found > own or found != found else own
         else:

@@ -31,6 +31,7 @@ class Finding:
     _elements_before = 0  # of parameters in front of this optimizer's, for chance
     _gather: bool  # whether states are to be moved into new flat buffers
     _table: Table | None
+    _fresh: dict[torch.Tensor, torch.Tensor]  # whether a graph's next step is the first
 
     def _label(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")
