@@ -138,10 +138,9 @@ void updates(const std::string& rule_name, unsigned variant, const std::vector<i
     const auto own = states.begin() + static_cast<std::ptrdiff_t>(i * each);
     const std::uintptr_t master = masters.empty() ? 0 : masters[i];
     const std::uintptr_t average = averages.empty() ? 0 : averages[i];
-    const Arrays arrays =
-        arrays_of(rule, variant, layouts_of[i], params[i], grads[i],
-                  {own, own + static_cast<std::ptrdiff_t>(each)}, counts[i], hyper, steps[i],
-                  master, average);
+    const Arrays arrays = arrays_of(rule, variant, layouts_of[i], params[i], grads[i],
+                                    {own, own + static_cast<std::ptrdiff_t>(each)}, counts[i],
+                                    hyper, steps[i], master, average);
     if (counts[i] == 0) continue;
     auto prepared = scalars.find(steps[i]);
     if (prepared == scalars.end()) {

@@ -235,7 +235,7 @@ def _prepare(
     optimizer: Optimizer,
     dtypes: tuple[tuple[torch.dtype | None, ...], ...],
     flags: tuple[int, ...],
-    *_: Any,
+    *options: Any,
 ) -> _Prepared:
     """Creates the states that a step needs.
 
@@ -243,6 +243,7 @@ def _prepare(
         optimizer: Whose step is traced.
         dtypes: Of each group's gradients; None where there is none.
         flags: Each group's flags of the rule.
+        options: Whatever else another graph is needed for.
     """
     connect_dtensor()
     everything = optimizer._find()
@@ -345,7 +346,6 @@ def in_graph(step: Callable[..., Any]) -> Callable[..., Any]:
             grads = [param.grad for param in group["params"]]
             dtypes.append(tuple([None if grad is None else grad.dtype for grad in grads]))
             options.append([group.get(name, value) for name, value in extras.DEFAULTS.items()])
-        # The options are arguments only so that others are another graph.
         prepared = _prepare(optimizer, tuple(dtypes), tuple(flags), options)
         if prepared.refusal is not None:
             torch._dynamo.graph_break(msg=f"flatstep's step is no graph's: {prepared.refusal}")
