@@ -24,13 +24,10 @@ from flatstep.optim.routes import (
     Found,
     Route,
     in_order_of,
-    is_aligned,
-    is_dense,
     is_plain,
     is_resolved,
     layout_of,
     overlapping,
-    overlaps_itself,
 )
 from flatstep.optim.weights import reconcile
 
@@ -98,30 +95,23 @@ def _update(
     if flags & _core.EXTRAS["master_copy"]:
         reconcile((param, own[width]) for param, own in zip(params, of_one, strict=True))
     copied: list[tuple[torch.Tensor, torch.Tensor]] = []
-    flats, flat_grads, flat_states = [], [], []
+    flat_grads, flat_states, layouts = [], [], []
     for param, grad, own in zip(params, grads, of_one, strict=True):
-        dense = param
-        if not (is_dense(param) and is_aligned(param)):
-            dense = torch.empty_like(param).copy_(param)
-        ordered = [in_order_of(state, dense) for state in own]
-        arrays = zip([param, *own], [dense, *ordered], strict=True)
-        copied += [(array, copy) for array, copy in arrays if copy is not array]
-        flats.append(dense)
-        flat_grads.append(in_order_of(grad, dense))
+        ordered = [in_order_of(state, param) for state in own]
+        copied += [(a, b) for a, b in zip(own, ordered, strict=True) if a is not b]
         flat_states.append(ordered)
-    layouts = [
-        layout_of(param, grad, own[0].dtype if width else None)
-        for param, grad, own in zip(flats, flat_grads, flat_states, strict=True)
-    ]
+        flat_grads.append(in_order_of(grad, param))
+        layout = layout_of(param, grad, own[0].dtype if width else None)
+        layouts.append(-1 if layout is None else layout)  # which the kernels refuse
     increment_version([*params, *of_all])
     _core.updates(
         rule,
         flags,
-        [-1 if layout is None else layout for layout in layouts],  # which the kernels refuse
-        [param.data_ptr() for param in flats],
+        layouts,
+        [param.data_ptr() for param in params],
         [grad.data_ptr() for grad in flat_grads],
         [state.data_ptr() for own in flat_states for state in own[:width]],
-        [param.numel() * (2 if param.is_complex() else 1) for param in flats],
+        [param.numel() * (2 if param.is_complex() else 1) for param in params],
         hyper,
         of_rule,
         sign,
@@ -144,10 +134,7 @@ def _update(
 def _norm(params: list[torch.Tensor], grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:
     """The norm of all gradients together, 0-dim, in float64."""
     largest = norm_type == math.inf
-    memories = [
-        in_order_of(grad, param if is_dense(param) else torch.empty_like(param))
-        for param, grad in zip(params, grads, strict=True)
-    ]
+    memories = [in_order_of(grad, param) for param, grad in zip(params, grads, strict=True)]
     norm = reference.norm_of(clipping.total_of(memories, largest), norm_type, 1.0)
     return torch.tensor(norm, dtype=torch.float64)
 
@@ -201,6 +188,14 @@ class _Prepared(NamedTuple):
     is_double: bool = False
 
 
+def _has_its_own_memory(tensor: torch.Tensor) -> bool:
+    """Whether the storage is the tensor's alone.
+
+    The compiler copies all of a storage, twice, for each view into it that an operation writes.
+    """
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def _refusal(optimizer: Optimizer, found: list[Found]) -> str | None:
     """Why the graph cannot have this step, or None."""
     groups = optimizer.param_groups
@@ -221,10 +216,8 @@ def _refusal(optimizer: Optimizer, found: list[Found]) -> str | None:
         param = each.param
         if param.device.type != "cpu" or not is_plain(param) or not is_resolved(param):
             return f"{each.name} is no plain tensor on the CPU"
-        if overlaps_itself(param):
-            return f"{each.name} has elements that share memory"
-        if flat.clearing_buffer(param):
-            return f"the gradient of {each.name} is in a FlatBuffer that a step clears"
+        if not _has_its_own_memory(param):
+            return f"{each.name} is a view into a larger tensor, such as a FlatBuffer"
     shared = overlapping([each.param for each in found])
     if shared:
         return f"{found[min(shared)].name} shares memory with another"
@@ -312,6 +305,11 @@ def _create_states(optimizer: Optimizer, wanted: dict[Found, states.Wanted]) -> 
             gather=optimizer._gather,
         )
     optimizer._gather = False
+    for found in wanted:
+        state = optimizer.state.get(found.param, {})
+        for name, tensor in state.items():
+            if isinstance(tensor, torch.Tensor) and not _has_its_own_memory(tensor):
+                state[name] = tensor.clone()
     if not optimizer.counts_steps:
         for found in wanted:
             optimizer._fresh[found.param] = torch.tensor(found in firsts)
