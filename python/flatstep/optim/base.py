@@ -10,12 +10,22 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from flatstep import _core, flat, reference
 from flatstep._torch import connect_dtensor, increment_version
-from flatstep.optim import checkpoints, clipping, extras, gpu, release, sharding, torch_ops
+from flatstep.optim import (
+    checkpoints,
+    clipping,
+    compiled,
+    extras,
+    gpu,
+    release,
+    sharding,
+    torch_ops,
+)
 from flatstep.optim.extras import Extras
 from flatstep.optim.finding import Finding
 from flatstep.optim.hooks import with_hooks
@@ -81,6 +91,7 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
         self._gather = False
         self._housed: flat.Housed | None = None
         self._clipped = clipping.Outcome()
+        self._fresh: dict[torch.Tensor, torch.Tensor] = {}
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
         if defaults.get("fused"):
@@ -137,6 +148,7 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
         self._turn = threading.Lock()
         self._table = None
         self._housed = None
+        self._fresh = {}
         self._loading = None
         self._clipped = self.__dict__.get("_clipped") or clipping.Outcome()
         # Loaded states lie apart; the next step gathers them into flat buffers.
@@ -260,6 +272,9 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
 
         Gradients in a :class:`flatstep.FlatBuffer` are set to zero in place, all at once.
         """
+        if is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+            return
         params = [param for group in self.param_groups for param in group["params"]]
         if self._housed is None or not self._housed.is_of(params):
             self._housed = flat.Housed(params)

@@ -77,7 +77,7 @@ class Outcome:
     """What became of an optimizer's norms.
 
     Attributes:
-        norm: The last one, or the one on the GPU, or None.
+        norm: The last one, or the one on the GPU, or a compiled graph's, or None.
         is_double: Whether there are float64 parameters.
         skipped: How many steps the host has left out.
         ahead: What the next step is to use in place of a pass of its own: the sum of squares or the
@@ -87,7 +87,7 @@ class Outcome:
         knows_trainer: Whether it has been asked who else clips.
     """
 
-    norm: float | gpu.Norm | None = None
+    norm: float | gpu.Norm | torch.Tensor | None = None
     is_double: bool = False
     skipped: int = 0
     ahead: tuple[float | gpu.Norm, bool] | None = None
@@ -100,6 +100,8 @@ class Outcome:
         dtype = torch.float64 if self.is_double else torch.float32
         if isinstance(self.norm, gpu.Norm):
             return self.norm.as_tensor(dtype)
+        if isinstance(self.norm, torch.Tensor):
+            return self.norm.to(dtype)
         return None if self.norm is None else torch.tensor(self.norm, dtype=dtype)
 
     def count_skipped(self) -> int:
@@ -226,8 +228,17 @@ def by_operations(grad: torch.Tensor, largest: bool) -> torch.Tensor:
 
 def total(params: Sequence[torch.Tensor], largest: bool) -> float:
     """The same of all gradients that there are."""
+    return _sum(parts([param for param in params if param.grad is not None], largest), largest)
+
+
+def total_of(memories: Sequence[torch.Tensor], largest: bool) -> float:
+    """The same of gradients on the CPU that kernels can read, each in its parameter's order."""
+    return _sum(_by_kernels(memories, largest, torch.device("cpu")), largest)
+
+
+def _sum(each: Sequence[float], largest: bool) -> float:
     found = 0.0
-    for own in parts([param for param in params if param.grad is not None], largest):
+    for own in each:
         if largest:
             found = found if found > own or found != found else own
         else:

@@ -8,7 +8,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from flatstep.optim.compiled import in_graph
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -20,11 +23,16 @@ def with_hooks(step: Callable[_P, _R]) -> Callable[_P, _R]:
     torch's own wrapper takes 10 µs at every step, as long as the update of a small model.
     """
     watched = torch.optim.Optimizer.profile_hook_step(step)
+    traced: Callable[_P, _R] = in_graph(step)
+    watched_and_traced = torch.optim.Optimizer.profile_hook_step(traced)
 
     @functools.wraps(step)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         self: Any = args[0]
         is_outermost = type(self).step is wrapper  # torch wraps a subclass's, which calls this one
+        if is_dynamo_compiling():
+            inside = watched_and_traced if is_outermost else traced
+            return inside(*args, **kwargs)
         run = step
         if is_outermost and (
             self._optimizer_step_pre_hooks
