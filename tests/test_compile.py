@@ -303,6 +303,24 @@ def test_a_flat_buffers_parameters_are_updated_outside_the_graph() -> None:
         compiled_step(opt)()
 
 
+def test_a_graph_made_without_a_scaler_is_not_used_with_one() -> None:
+    params = parameters(shapes=SHAPES)
+    copies = clones(params)
+    opt, other = (flatstep.AdamW(of, fused=True) for of in (params, copies))
+    step = torch.compile(opt.step, backend="eager")
+    for seed, overflow in enumerate([None, None, 0.0, 1.0, None]):
+        set_grads(params, copies, seed)
+        for each in (opt, other):
+            if overflow is not None:
+                each.grad_scale, each.found_inf = torch.tensor(4.0), torch.tensor(overflow)
+        step()
+        other.step()
+        for each in (opt, other):
+            if overflow is not None:
+                del each.grad_scale, each.found_inf
+        check_same(opt, other)
+
+
 def test_what_a_graph_writes_is_a_view_of_nothing() -> None:
     # The compiler would copy all of a storage for each view into it.
     params = parameters(torch.float32, SHAPES)

@@ -344,7 +344,8 @@ def in_graph(step: Callable[..., Any]) -> Callable[..., Any]:
             grads = [param.grad for param in group["params"]]
             dtypes.append(tuple([None if grad is None else grad.dtype for grad in grads]))
             options.append([group.get(name, value) for name, value in extras.DEFAULTS.items()])
-        prepared = _prepare(optimizer, tuple(dtypes), tuple(flags), options)
+        unscales = hasattr(optimizer, "found_inf")  # set by GradScaler for one step
+        prepared = _prepare(optimizer, tuple(dtypes), tuple(flags), options, unscales)
         if prepared.refusal is not None:
             torch._dynamo.graph_break(msg=f"flatstep's step is no graph's: {prepared.refusal}")
             step_outside(optimizer)
