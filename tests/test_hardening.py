@@ -297,8 +297,8 @@ pool, seconds = sys.argv[1:]
 if pool == "own":
     _core.use_torch_threads(None)
 torch.set_num_threads(2)
-param = Parameter(torch.ones(1 << 20))
-param.grad = torch.ones(1 << 20)
+param = Parameter(torch.ones(1 << 22))
+param.grad = torch.ones(1 << 22)
 opt = flatstep.Adam([param], max_grad_norm=1.0)
 under_way = threading.Event()
 
@@ -315,9 +315,9 @@ threading.Event().wait(float(seconds))
 
 @pytest.mark.parametrize("pool", ["torch", "own"])
 def test_a_process_may_end_while_a_thread_steps(pool: str) -> None:
-    """Python before 3.14 ends such a thread where it stands."""
-    for process in [start(ENDING, pool, seconds) for seconds in ("0", "0.01", "0.03")]:
-        assert finish(process) == ""
+    """In an update, that is, where almost all of its time goes."""
+    for seconds in ("0", "0.02"):
+        assert finish(start(ENDING, pool, seconds)) == ""
 
 
 ISOLATED = """
@@ -375,6 +375,7 @@ def train():
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
+resident()  # whose own first call takes some
 for _ in range(count // 10):
     train()
 before = resident()
@@ -389,5 +390,5 @@ print(resident() - before)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "clipping", "scaler", "zero_grad"])
 def test_a_million_steps_take_no_more_memory_than_the_first_hundred_thousand(kind: str) -> None:
-    """One object of the smallest size a step would be 14 MiB."""
-    assert int(finish(start(SOAKING, kind, "1000000"), timeout=280)) < 1 << 20
+    """One object of the smallest size a step would be 14 MiB, and a byte 0.9."""
+    assert int(finish(start(SOAKING, kind, "1000000"), timeout=280)) < 1 << 18
