@@ -9,6 +9,6 @@ trap 'rm -rf "$work"' EXIT
 
 "${CXX:-g++}" -std=c++20 -O1 -g -fsanitize=thread -ffp-contract=off -fno-math-errno \
   -fno-trapping-math -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-psabi -I csrc \
-  -o "$work/driver" tests/threads/driver.cpp csrc/registry.cpp \
-  csrc/cpu/{isa,isas_generic,kernels_scalar,threads,update}.cpp -pthread -ldl
+  -o "$work/driver" tests/threads/driver.cpp \
+  csrc/cpu/{isa,threads,update}.cpp -pthread -ldl
 TSAN_OPTIONS=halt_on_error=1 "$work/driver"
