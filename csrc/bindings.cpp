@@ -168,6 +168,30 @@ void norms_on_gpu(const std::vector<std::uintptr_t>& grads, const std::vector<st
                  {.found = pointer<cuda::FoundNorm>(found)}, table);
 }
 
+py::bytes tile_norms(const std::vector<std::uintptr_t>& grads,
+                     const std::vector<std::string>& dtypes,
+                     const std::vector<std::int64_t>& counts, bool largest, int threads) {
+  const auto gradients = gradients_of(grads, dtypes, counts);
+  threads = available_threads(threads);
+  std::vector<double> tiles;
+  {
+    const WithoutGil others_may_run;
+    tiles = run_tile_norms(gradients, largest, threads);
+  }
+  return {reinterpret_cast<const char*>(tiles.data()), tiles.size() * sizeof(double)};
+}
+
+double total_of_tiles(std::uintptr_t tiles, const std::vector<std::int64_t>& counts, bool largest) {
+  std::vector<double> norms;
+  const double* next = pointer<double>(tiles);
+  for (const std::int64_t count : counts) {
+    if (count < 0 || (count > 0 && !tiles)) throw std::invalid_argument("there are no such tiles");
+    norms.push_back(add_norms(next, count, largest));
+    next += count;
+  }
+  return add_norms(norms.data(), static_cast<std::int64_t>(norms.size()), largest);
+}
+
 void update_on_gpu(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
                    std::uintptr_t grad, const std::vector<std::uintptr_t>& states,
                    std::int64_t count, const std::vector<double>& hyper, std::int64_t step,
@@ -258,6 +282,9 @@ PYBIND11_MODULE(_core, module) {
              "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0, "seed"_a = 0,
              "count_of_step"_a = 1, "first"_a = 0);
   module.def("norms", &norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a, "threads"_a);
+  module.def("tile_norms", &tile_norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
+             "threads"_a);
+  module.def("total_of_tiles", &total_of_tiles, "tiles"_a, "counts"_a, "largest"_a);
   module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
              "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a,
              "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0,
@@ -272,10 +299,10 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Plan>(module, "Plan")
       .def(py::init<const std::string&>(), "rule"_a)
-      .def("begin", &Plan::begin, "variants"_a, "first"_a = 0)
-      .def("add", &Plan::add, "group"_a, "param"_a, "states"_a, "step"_a, "first_step"_a,
+      .def("begin", &Plan::begin, "variants"_a)
+      .def("add", &Plan::add, "group"_a, "param"_a, "first"_a, "states"_a, "step"_a, "first_step"_a,
            "cleared"_a)
-      .def("add_other", &Plan::add_other, "group"_a, "param"_a, "count"_a, "without_gradient"_a)
+      .def("add_other", &Plan::add_other, "group"_a, "param"_a, "without_gradient"_a)
       .def("end", &Plan::end, "state"_a)
       .def("matches", &Plan::matches, "groups"_a, "state"_a, "variants"_a)
       .def("updated", &Plan::updated)
@@ -290,6 +317,13 @@ PYBIND11_MODULE(_core, module) {
                 {.found = pointer<cuda::FoundNorm>(found), .overflow = pointer<float>(overflow)});
           },
           "device"_a, "largest"_a, "stream"_a, "room"_a, "found"_a, "overflow"_a = 0)
+      .def(
+          "write_norms",
+          [](Plan& plan, std::uintptr_t slots, const std::vector<std::int64_t>& places,
+             const std::vector<std::int64_t>& owns, bool largest, int threads) {
+            return plan.write_norms(pointer<double>(slots), places, owns, largest, threads);
+          },
+          "slots"_a, "places"_a, "owns"_a, "largest"_a, "threads"_a)
       .def(
           "step",
           [](Plan& plan, const std::vector<std::vector<double>>& hyper,

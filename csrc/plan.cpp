@@ -111,14 +111,13 @@ unsigned Plan::mask_of(const Row& row) const {
   return rule_.state_masks.at(variant_of(row) & kFlagMask);
 }
 
-void Plan::begin(const std::vector<unsigned>& variants, std::uint32_t first) {
+void Plan::begin(const std::vector<unsigned>& variants) {
   for (const unsigned variant : variants) {
     const std::string why = refusal(rule_, variant & ~kExtraMask, 0);
     if (!why.empty()) throw std::invalid_argument(why);
   }
   release();
   variants_ = variants;
-  elements_ = first;
   rows_.clear();
   dims_.clear();
   state_entries_.clear();
@@ -127,17 +126,16 @@ void Plan::begin(const std::vector<unsigned>& variants, std::uint32_t first) {
   state_tensors_.clear();
 }
 
-void Plan::add_other(int group, py::handle param, std::int64_t count, bool without_gradient) {
+void Plan::add_other(int group, py::handle param, bool without_gradient) {
   release();
   static_cast<void>(variants_.at(static_cast<std::size_t>(group)));
   rows_.push_back({.param = param.ptr(),
                    .group = group,
                    .kind = without_gradient ? Kind::kWithoutGradient : Kind::kElsewhere});
-  elements_ += static_cast<std::uint32_t>(count);
 }
 
-void Plan::add(int group, py::handle param, const py::list& states, const py::object& step,
-               std::optional<bool> first_step, const py::object& cleared) {
+void Plan::add(int group, py::handle param, std::uint32_t first, const py::list& states,
+               const py::object& step, std::optional<bool> first_step, const py::object& cleared) {
   release();
   const Flag busy(running_);
   Row row{.param = param.ptr(), .group = group, .kind = Kind::kUpdated};
@@ -155,7 +153,7 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   row.device = view.device;
   row.dims = view.dims;
   row.count = view.count();
-  row.first = elements_;
+  row.first = first;
   row.arrays.param = view.data;
   row.first_dim = dims_.size();
   dims_.insert(dims_.end(), view.shape, view.shape + view.dims);
@@ -214,7 +212,6 @@ void Plan::add(int group, py::handle param, const py::list& states, const py::ob
   }
   row.state_tensors = state_tensors_.size() - row.first_state;
   rows_.push_back(row);
-  elements_ += static_cast<std::uint32_t>(row.count / (row.is_complex ? 2 : 1));
 }
 
 void Plan::end(const py::dict& state) {
@@ -484,15 +481,20 @@ std::vector<int> Plan::devices() const {
   return devices;
 }
 
-double Plan::norm(bool largest, const std::vector<double>& others, int threads) {
+std::vector<Gradient> Plan::gradients() const {
   if (running_) throw std::runtime_error(kInUse);
-  if (!matched_) throw std::runtime_error("norm() must follow a call of matches() that said true");
+  if (!matched_) throw std::runtime_error("a norm must follow a call of matches() that said true");
   std::vector<Gradient> gradients;
   for (const Row& row : rows_) {
     if (!row.active || row.kind != Kind::kUpdated) continue;
     if (row.device != kCpu) throw std::invalid_argument("a gradient is on a GPU");
     gradients.push_back({row.arrays.grad, row.types.grad, row.count});
   }
+  return gradients;
+}
+
+double Plan::norm(bool largest, const std::vector<double>& others, int threads) {
+  const std::vector<Gradient> gradients = this->gradients();
   threads = available_threads(threads);
   std::vector<double> norms;
   {
@@ -513,6 +515,40 @@ double Plan::norm(bool largest, const std::vector<double>& others, int threads) 
     total = largest ? maximum(total, norm) : total + norm;
   }
   return total;
+}
+
+std::vector<std::size_t> Plan::write_norms(double* slots, const std::vector<std::int64_t>& places,
+                                           const std::vector<std::int64_t>& owns, bool largest,
+                                           int threads) {
+  const std::vector<Gradient> gradients = this->gradients();
+  if (places.size() != rows_.size() || owns.size() != rows_.size()) {
+    throw std::invalid_argument("there must be a place and a number of norms for each parameter");
+  }
+  threads = available_threads(threads);
+  std::vector<double> tiles;
+  {
+    const Flag running(running_);
+    const WithoutGil others_may_run;
+    tiles = run_tile_norms(gradients, largest, threads);
+  }
+  std::vector<std::size_t> elsewhere;
+  const double* next = tiles.data();
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    if (!row.active) continue;
+    if (row.kind == Kind::kElsewhere) {
+      elsewhere.push_back(i);
+      continue;
+    }
+    const std::int64_t count = tile_count(row.count);
+    if (count == owns[i]) {
+      std::copy_n(next, count, slots + places[i]);
+    } else if (count > 0) {
+      slots[places[i]] = add_norms(next, count, largest);
+    }
+    next += count;
+  }
+  return elsewhere;
 }
 
 std::vector<cuda::NormRow> Plan::norm_rows(int device) const {

@@ -44,17 +44,16 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release(); }
 
-  // Empties the table. variants: of each group, the rule's flags and the extras. first: the number
-  // of the first element, for chance.
-  void begin(const std::vector<unsigned>& variants, std::uint32_t first);
-  // A parameter of so many elements that is updated elsewhere, or (without_gradient) that must have
-  // none to be skipped.
-  void add_other(int group, pybind11::handle param, std::int64_t count, bool without_gradient);
-  // A parameter that this plan updates. states: a tensor for each of the variant's states, its
+  // Empties the table. variants: of each group, the rule's flags and the extras.
+  void begin(const std::vector<unsigned>& variants);
+  // A parameter that is updated elsewhere, or (without_gradient) that must have none to be skipped.
+  void add_other(int group, pybind11::handle param, bool without_gradient);
+  // A parameter that this plan updates. first: the number of its first element, for chance. states:
+  // a tensor for each of the variant's states, its
   // master and its average, those that there are. step: a 0-dim float tensor that counts, or None.
   // first_step: whether none has been made, or None where the rule goes by the count.
   // cleared: the gradient that the step is to set to zero, which the caller keeps, or None.
-  void add(int group, pybind11::handle param, const pybind11::list& states,
+  void add(int group, pybind11::handle param, std::uint32_t first, const pybind11::list& states,
            const pybind11::object& step, std::optional<bool> first_step,
            const pybind11::object& cleared);
   void end(const pybind11::dict& state);
@@ -69,6 +68,13 @@ class Plan {
   // The sum of squares, or (largest) the largest magnitude, of all gradients; matches() has just
   // said true. others: the same of each parameter that has one and is updated elsewhere.
   double norm(bool largest, const std::vector<double>& others, int threads);
+
+  // The same of each tile (owns: of each row, how many it has, or 1 for their total), written to a
+  // row's place among the slots. Says which rows with a gradient are updated elsewhere: theirs are
+  // still to be written.
+  std::vector<std::size_t> write_norms(double* slots, const std::vector<std::int64_t>& places,
+                                       const std::vector<std::int64_t>& owns, bool largest,
+                                       int threads);
 
   // The same where all rows are on one GPU, where it is under way when this returns. room: as many
   // doubles there as norm_room() says.
@@ -103,7 +109,7 @@ class Plan {
     PyObject* cleared = nullptr;
     int layout = 0;
     Types types = {Stored::kUnknown, Stored::kUnknown, Stored::kUnknown};
-    std::uint32_t first = 0;  // of the numbers of its elements among all parameters'
+    std::uint32_t first = 0;  // of the numbers of its elements
     bool is_complex = false;
     int device = kCpu;
     int dims = 0;
@@ -143,7 +149,8 @@ class Plan {
   };
 
   unsigned variant_of(const Row& row) const;
-  unsigned mask_of(const Row& row) const;  // the states that its variant uses
+  unsigned mask_of(const Row& row) const;   // the states that its variant uses
+  std::vector<Gradient> gradients() const;  // of the rows that have one and are updated here
   void prefetch_row(std::size_t at) const;
   static void prefetch_entry(const StateEntry& entry);
   bool everything_matches(const pybind11::list& groups, const pybind11::dict& state,
@@ -163,7 +170,6 @@ class Plan {
 
   const RuleInfo& rule_;
   std::vector<unsigned> variants_;  // of each group: the rule's flags, and extras
-  std::uint32_t elements_ = 0;      // of the rows so far
   std::vector<Row> rows_;
   std::vector<std::int64_t> dims_;
   HeldTensors state_tensors_;              // of each row, in the rule's order, then its step

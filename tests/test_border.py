@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
-from flatstep import _core
+from flatstep import _core, reference
 
 REFUSED = (ValueError, TypeError, RuntimeError, IndexError, OverflowError)
 COUNT = 8
@@ -136,6 +136,25 @@ def test_a_norm_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
     assert _core.norms(**arguments) == [COUNT]
     with pytest.raises(REFUSED):
         _core.norms(**arguments | changes)
+    with pytest.raises(REFUSED):
+        _core.tile_norms(**arguments | changes)
+
+
+def test_tiles_are_those_of_the_norm() -> None:
+    count = 2 * reference.TILE + 5
+    grad = np.full(count, 2.0, np.float32)
+    for largest in (False, True):
+        raw = _core.tile_norms([grad.ctypes.data], ["float32"], [count], largest, 1)
+        tiles = np.frombuffer(raw)
+        assert tiles.tolist() == ([2.0] * 3 if largest else [4.0 * reference.TILE] * 2 + [20.0])
+        norms = _core.norms([grad.ctypes.data], ["float32"], [count], largest, 1)
+        assert [_core.total_of_tiles(tiles.ctypes.data, [2, 1], largest)] == norms
+
+
+@pytest.mark.parametrize(("tiles", "counts"), [(0, [1]), (64, [-1])])
+def test_tiles_that_are_not_there_are_refused(tiles: int, counts: list[int]) -> None:
+    with pytest.raises(REFUSED):
+        _core.total_of_tiles(tiles, counts, False)
 
 
 def test_an_unknown_rule_is_answered_with_those_that_exist() -> None:
@@ -231,6 +250,7 @@ class Setting:
         arguments = {
             "group": 0,
             "param": param,
+            "first": 0,
             "states": states,
             "step": step,
             "first_step": True,
@@ -266,8 +286,16 @@ def test_the_setting_of_these_tests_is_right(setting: Setting) -> None:
 def test_a_norm_needs_a_match_and_a_number_for_each_gradient_elsewhere(setting: Setting) -> None:
     with pytest.raises(RuntimeError, match="matches"):
         setting.plan.norm(False, [], 1)
+    slots = np.zeros(2)
+    with pytest.raises(RuntimeError, match="matches"):
+        setting.plan.write_norms(slots.ctypes.data, [0, 1], [1, 1], False, 1)
     assert setting.matches()
     norm = setting.plan.norm(False, [], 1)
+    assert setting.plan.write_norms(slots.ctypes.data, [1, 0], [1, 1], False, 1) == []
+    assert slots.sum() == norm
+    for places, owns in (([0], [1, 1]), ([0, 1], [1])):
+        with pytest.raises(REFUSED):
+            setting.plan.write_norms(slots.ctypes.data, places, owns, False, 1)
     assert norm == sum(float((param.grad**2).sum()) for param in setting.params)
     setting.plan.release()
     with pytest.raises(RuntimeError, match="matches"):
@@ -365,7 +393,7 @@ def test_a_parameter_without_memory_is_refused(make: Callable[[], Any]) -> None:
     setting = Setting()
     states = [torch.zeros(COUNT), torch.zeros(COUNT)]
     with pytest.raises(REFUSED):
-        setting.plan.add(0, make(), states, torch.tensor(0.0), True, None)
+        setting.plan.add(0, make(), 0, states, torch.tensor(0.0), True, None)
 
 
 @not_memory
@@ -394,7 +422,7 @@ def test_a_parameter_with_gaps_is_refused(setting: Setting) -> None:
     wide = torch.ones(2 * COUNT)[::2]
     states = [torch.zeros_like(wide).copy_(wide), torch.zeros(2 * COUNT)[::2]]
     with pytest.raises(ValueError, match="parameter"):
-        setting.plan.add(0, wide, states, None, True, None)
+        setting.plan.add(0, wide, 0, states, None, True, None)
 
 
 @pytest.mark.parametrize("states", [[], [torch.zeros(COUNT)], [torch.zeros(COUNT)] * 3, None])

@@ -60,7 +60,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_lists_the_commands(run: Callable[..., Result]) -> None:
     result = run("--help")
     assert result.code == 0
-    assert all(command in result.out for command in ("profile", "verify", "info"))
+    assert all(command in result.out for command in ("profile", "compare", "verify", "info"))
 
 
 @pytest.mark.parametrize("tool", cli.TOOLS)

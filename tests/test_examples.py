@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,6 +121,28 @@ def test_precision_refuses_before_it_trains(
     assert line[0] in capsys.readouterr().err
 
 
+def test_profile_training_writes_what_it_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, lines = tmp_path / "trace.json", tmp_path / "steps.csv"
+    prof = example("profile_training").main(
+        ["--steps", "4", "--trace", str(trace), "--csv", str(lines)]
+    )
+    assert "AdamW: 4 steps of 6 tensors, 263,424 parameters" in capsys.readouterr().out
+    assert len(lines.read_text().splitlines()) == 1 + len(prof.rows()) == 5
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 12
+
+
+@pytest.mark.parametrize("line", [["--steps", "0"], ["--csv", "no/such/folder/steps.csv"]])
+def test_profile_training_refuses_before_it_trains(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        example("profile_training").main(line)
+    assert ended.value.code == 2
+    assert line[0] in capsys.readouterr().err
+
+
 F32, BF16 = torch.float32, torch.bfloat16
 # Parameter, gradient, options: the rows of the README's table of bytes per parameter.
 ROWS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
@@ -167,3 +192,27 @@ def test_the_readme_says_how_many_bytes_a_mode_holds_and_moves() -> None:
         for name, (dtype, grad, options) in ROWS.items()
     }
     assert said == found
+
+
+def test_fsdp2_trains_as_one_process_does_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    kept = tmp_path / "losses.pt"
+    line = [sys.executable, str(EXAMPLES / "fsdp2.py"), "--steps", "12", "--save", str(kept)]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr
+    losses = torch.load(kept)
+    assert len(losses["alone"]) == len(losses["sharded"]) == 12
+    assert losses["sharded"] == pytest.approx(losses["alone"], rel=0.02)
+    assert losses["sharded"][-1] < 0.75 * losses["sharded"][0]
+    assert "Warning" not in ended.stderr
+    assert f"{losses['sharded'][-1]:.4f}" in ended.stdout
+    assert "from step 7 on" in ended.stdout
+
+
+@pytest.mark.parametrize("line", [["--steps", "1"], ["--save", "no/such/folder/losses.pt"]])
+def test_fsdp2_refuses_before_it_trains(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        example("fsdp2").main(line)
+    assert ended.value.code == 2
+    assert line[0] in capsys.readouterr().err

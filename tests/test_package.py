@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import flatstep
+from flatstep.cli import TOOLS
+
+TRAINERS = ("transformers", "lightning", "tensorboard")
 
 
 @pytest.mark.parametrize("name", ["py.typed", "_core.pyi"])
@@ -29,7 +32,9 @@ def test_nothing_but_the_package_is_installed() -> None:
     strays = [str(file) for file in files if not str(file).startswith(own)]
     assert all(Path(stray).parts[-2:] == ("bin", "flatstep") for stray in strays), strays
     kinds = {file.suffix for file in files if str(file).startswith(own[0])}
-    assert {".py", ".pyi", ".typed"} < kinds <= {".py", ".pyc", ".pyi", ".typed", ".so"}
+    page = {".html", ".css", ".js"}
+    assert {".py", ".pyi", ".typed"} | page < kinds
+    assert kinds <= {".py", ".pyc", ".pyi", ".typed", ".so"} | page
 
 
 def test_every_public_name_exists() -> None:
@@ -41,7 +46,7 @@ def test_the_import_leaves_the_tools_alone() -> None:
     # torch may import some of these itself: only what flatstep adds counts.
     code = (
         "import sys, torch; before = set(sys.modules); import flatstep; "
-        "print({'rich', 'typer', 'matplotlib'} & (set(sys.modules) - before))"
+        f"print({{*{TOOLS}, *{TRAINERS}, 'flatstep.profiling'}} & (set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

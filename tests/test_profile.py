@@ -318,7 +318,7 @@ print((most() - before) * 1024 / memory.bytes_needed(workload, "adam", torch.flo
 def test_the_whole_step_is_the_sum_of_its_phases():
     model = training.SmallGPT(width=24, depth=1, vocabulary=32, length=8)
     measured = training.new(model)
-    training.measure(measured, model, 0.0, 3, lambda done: None)
+    training.measure(measured, model, [], 0.0, 3, lambda done: None)
     assert [r.way for r in measured.results] == list(training.WAYS)
     for result in measured.results:
         assert result.problem is None
@@ -340,12 +340,15 @@ def tiny_passes(*names: str, **more: object) -> profiling.Report:
 PASS_BYTES = {
     "norm": 4,
     "norm-inf": 4,
+    "step": 28,
     "clip": 4 + 28,
     "skip": 4 + 28,
+    "ema": 36,
     "clip-ema": 4 + 36,
     "scaler-clip": 4 + 28,
     "scaler": 4 + 28,
     "scaler-writes": 4 + 32,
+    "whole": 4 + 36,
     "bf16-grads": 8 + 2 + 16,
     "f32-states": 4 + 2 + 16,
     "f32-master": 2 + 8 + 2 + 16,
@@ -778,7 +781,7 @@ def test_the_command_names_the_gpu_in_all_that_it_leaves(tmp_path: Path):
     chosen = ["--device", "cuda", "--workload", "tiny", "--optimizer", "adam", "--rounds", "1"]
     code, output = invoke(*chosen, "--json", str(kept), "--plot", str(drawn))
     assert code == 0
-    for said in ("Stand-in, CUDA 99.0", "peak GB", "left out on cuda: the whole step", "limit"):
+    for said in ("Stand-in, CUDA 99.0", "peak MB", "left out on cuda: the whole step", "limit"):
         assert said in output
     assert "pages   " not in output
     assert json.loads(kept.read_text())["machine"]["gpu"] == "Stand-in"

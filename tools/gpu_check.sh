@@ -55,7 +55,7 @@ limit=200
 step benchmark python benchmarks/gpu_targets.py --json "$out/gpu_targets.json"
 limit=120
 profile=(--device cuda --seconds 75 --json "$out/profile.json")
-if python -c 'import typer, rich, matplotlib' 2>"$out/profile-tools.txt"; then
+if python -c 'import typer, rich, matplotlib, plotly, jinja2' 2>"$out/profile-tools.txt"; then
   step profile python -c 'from flatstep.cli import main; main()' profile "${profile[@]}" \
     --plot "$out/profile.png"
 else

@@ -92,11 +92,14 @@ void run_update(const std::vector<Segment>& segments, int threads) {
       &shares);
 }
 
-std::vector<double> run_norms(const std::vector<Gradient>& gradients, bool largest, int threads) {
+std::int64_t tile_count(std::int64_t count) { return (count + kNormTile - 1) / kNormTile; }
+
+std::vector<double> run_tile_norms(const std::vector<Gradient>& gradients, bool largest,
+                                   int threads) {
   NormShares shares{gradients, current_isa().tables->norms, largest, {0}, {}, 1};
   std::int64_t total = 0;
   for (const Gradient& gradient : gradients) {
-    shares.first.push_back(shares.first.back() + (gradient.count + kNormTile - 1) / kNormTile);
+    shares.first.push_back(shares.first.back() + tile_count(gradient.count));
     total += gradient.count;
   }
   shares.tiles.resize(static_cast<std::size_t>(shares.first.back()));
@@ -104,15 +107,26 @@ std::vector<double> run_norms(const std::vector<Gradient>& gradients, bool large
   run_on_threads(
       shares.count, [](int index, void* context) { static_cast<NormShares*>(context)->run(index); },
       &shares);
+  return std::move(shares.tiles);
+}
+
+double add_norms(const double* norms, std::int64_t count, bool largest) {
   const IeeeMode ieee;
+  double total = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    total = largest ? maximum(total, norms[i]) : total + norms[i];
+  }
+  return total;
+}
+
+std::vector<double> run_norms(const std::vector<Gradient>& gradients, bool largest, int threads) {
+  const std::vector<double> tiles = run_tile_norms(gradients, largest, threads);
   std::vector<double> norms;
-  for (std::size_t i = 0; i < gradients.size(); ++i) {
-    double norm = 0;
-    for (std::int64_t at = shares.first[i]; at < shares.first[i + 1]; ++at) {
-      const double tile = shares.tiles[static_cast<std::size_t>(at)];
-      norm = largest ? maximum(norm, tile) : norm + tile;
-    }
-    norms.push_back(norm);
+  const double* next = tiles.data();
+  for (const Gradient& gradient : gradients) {
+    const std::int64_t count = tile_count(gradient.count);
+    norms.push_back(add_norms(next, count, largest));
+    next += count;
   }
   return norms;
 }

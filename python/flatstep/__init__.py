@@ -4,6 +4,7 @@ Change ``torch.optim`` to ``flatstep`` in the import: :class:`Adam`, :class:`Ada
 :class:`RMSprop` and :class:`SGD` take the place of torch's. :class:`FlatBuffer` makes a model one
 piece of memory. ``flatstep.functional`` updates arrays that you own, ``flatstep.reference`` is the
 definition in NumPy, ``flatstep verify`` and ``flatstep profile`` prove the bits and the speed.
+:func:`profile` records the steps of a training.
 
 The environment variable ``FLATSTEP_ISA`` chooses the instruction set instead of the processor's
 widest.
@@ -17,6 +18,7 @@ from flatstep.flat import FlatBuffer, flatten_
 from flatstep.optim import SGD, Adam, AdamW, RMSprop
 from flatstep.optim.extras import Extras
 from flatstep.optim.scaler import GradScaler
+from flatstep.recording import profile
 
 __version__ = version("flatstep")
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "cpu_isa",
     "flatten_",
     "functional",
+    "profile",
     "reference",
 ]
 

@@ -21,6 +21,8 @@ __all__: list[str] = [
     "norms",
     "norms_on_gpu",
     "rules",
+    "tile_norms",
+    "total_of_tiles",
     "traffic",
     "update",
     "update_on_gpu",
@@ -34,6 +36,7 @@ class Plan:
         self,
         group: typing.SupportsInt | typing.SupportsIndex,
         param: typing.Any,
+        first: typing.SupportsInt | typing.SupportsIndex,
         states: list,
         step: typing.Any,
         first_step: bool | None,
@@ -43,13 +46,10 @@ class Plan:
         self,
         group: typing.SupportsInt | typing.SupportsIndex,
         param: typing.Any,
-        count: typing.SupportsInt | typing.SupportsIndex,
         without_gradient: bool,
     ) -> None: ...
     def begin(
-        self,
-        variants: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-        first: typing.SupportsInt | typing.SupportsIndex = 0,
+        self, variants: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
     ) -> None: ...
     def devices(self) -> list[int]: ...
     def end(self, state: dict) -> None: ...
@@ -106,6 +106,14 @@ class Plan:
         ] = [],
     ) -> None: ...
     def updated(self) -> list: ...
+    def write_norms(
+        self,
+        slots: typing.SupportsInt | typing.SupportsIndex,
+        places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        owns: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        largest: bool,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> list[int]: ...
     @property
     def segments(self) -> int: ...
 
@@ -144,6 +152,18 @@ def norms_on_gpu(
     found: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def rules() -> list: ...
+def tile_norms(
+    grads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    dtypes: collections.abc.Sequence[str],
+    counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    largest: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> bytes: ...
+def total_of_tiles(
+    tiles: typing.SupportsInt | typing.SupportsIndex,
+    counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    largest: bool,
+) -> float: ...
 def traffic(
     streams: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     written: typing.SupportsInt | typing.SupportsIndex,

@@ -1,4 +1,4 @@
-"""The command line: ``flatstep profile``, ``flatstep verify``, ``flatstep info``."""
+"""The command line: ``flatstep profile``, ``compare``, ``verify`` and ``info``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib.util
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-TOOLS = ("typer", "rich", "matplotlib")  # what the extra `tools` brings
+TOOLS = ("typer", "rich", "matplotlib", "plotly", "jinja2")  # what the extra `tools` brings
 CPUINFO = Path("/proc/cpuinfo")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -22,6 +23,7 @@ def main() -> None:
     import typer
 
     from flatstep.profiling.command import profile
+    from flatstep.profiling.compare_command import compare_profiles
     from flatstep.verify.command import verify
 
     app = typer.Typer(
@@ -31,8 +33,14 @@ def main() -> None:
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
     )
-    for command in (profile, verify, info):
-        app.command()(command)
+    commands: dict[str, Callable[..., None]] = {
+        "profile": profile,
+        "compare": compare_profiles,
+        "verify": verify,
+        "info": info,
+    }
+    for name, command in commands.items():
+        app.command(name)(command)
     app()
 
 

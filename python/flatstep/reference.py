@@ -402,6 +402,11 @@ def norm_total(gradients: Sequence[tuple[np.ndarray, str]], norm_type: float) ->
     return float(total)
 
 
+def tile_count(count: int) -> int:
+    """How many tiles a gradient of so many numbers has."""
+    return -(-count // TILE)
+
+
 def norm_of(total: float, norm_type: float, unscale: float) -> float:
     """The norm that a sum of squares, or a largest magnitude, is of."""
     return (total if norm_type == math.inf else math.sqrt(total)) * unscale

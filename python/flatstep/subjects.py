@@ -60,7 +60,13 @@ class Subject:
         return optimizer
 
 
-def subject(path: str, options: Sequence[str] = (), rule: str | None = None) -> Subject:
+def subject(
+    path: str,
+    options: Sequence[str] = (),
+    rule: str | None = None,
+    *,
+    say_rule: str = "say it with --rule",
+) -> Subject:
     """The optimizer that ``path``, as ``package.module:Class``, names.
 
     The working directory is searched for the module too.
@@ -69,6 +75,7 @@ def subject(path: str, options: Sequence[str] = (), rule: str | None = None) -> 
         path: Such as "torch.optim:AdamW".
         options: Each as "name=value", the value in Python's notation.
         rule: One of :data:`RULES`; None for the one that the class's name says.
+        say_rule: How the user says the rule, for the message where the name does not.
 
     Raises:
         ValueError: There is no such class, an option cannot be read, or no rule is known.
@@ -81,12 +88,42 @@ def subject(path: str, options: Sequence[str] = (), rule: str | None = None) -> 
         rule = next((known for part, known in RULES_BY_NAME if part in name), None)
         if rule is None:
             raise ValueError(
-                f"the name of {path} does not say which rule it follows; say it with "
-                f"--rule, one of {', '.join(RULES)}"
+                f"the name of {path} does not say which rule it follows; {say_rule}, "
+                f"one of {', '.join(RULES)}"
             )
     if rule not in RULES:
         raise ValueError(f"no rule '{rule}'; there are {', '.join(RULES)}")
     return Subject(path, rule, dict(map(option, options)))
+
+
+def subject_of(text: str) -> Subject:
+    """The optimizer of one word: ``[rule=]package.module:Class[,name=value]...``.
+
+    >>> subject_of("torch.optim:AdamW,fused=True").label
+    'torch.optim.AdamW, fused=True'
+    >>> subject_of("adam=mine:Fast,betas=(0.9, 0.95)").options
+    {'betas': (0.9, 0.95)}
+
+    Raises:
+        ValueError: As :func:`subject`.
+    """
+    path, *options = _outside_brackets(text)
+    rule, equals, after = path.partition("=")
+    if equals:
+        return subject(after, options, rule)
+    return subject(path, options, say_rule=f"say it before, as in RULE={path}")
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """The parts between commas that no bracket encloses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def option(text: str) -> tuple[str, Any]:

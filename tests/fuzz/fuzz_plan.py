@@ -144,7 +144,7 @@ class Session:
         ]
         self.groups = [{"params": []} for _ in self.flags]
         self.state = {}
-        self.plan.begin(self.flags, self.number(0))
+        self.plan.begin(self.flags)
 
     def add(self) -> None:
         param: Any = self.good() if self.data.ConsumeIntInRange(0, 3) else self.tensor()
@@ -180,7 +180,7 @@ class Session:
         group = self.number(max(len(self.groups) - 1, 0))
         self.things.append(param)
         self.groups[group]["params"].append(param)
-        self.plan.add_other(group, param, self.number(1), self.pick([True, False]))
+        self.plan.add_other(group, param, self.pick([True, False]))
 
     def end(self) -> None:
         states = [self.state, self.state, self.state, {1: 2}, {None: None}, {"x": []}, None]

@@ -15,7 +15,6 @@ from torch.nn import Parameter
 from flatstep.conformance.lab import GUARD, USUAL, IgnoredError, Lab, RaisedError, Run
 from flatstep.conformance.lab import same_bits as same
 from flatstep.conformance.registry import FLOATS, case
-from flatstep.conformance.truth import DEFAULTS, Truth
 
 NUMBERS, MEMORY, GRADIENTS = "numbers", "memory", "gradients and groups"
 OPTIONS, SCALER, CHECKPOINTS = "options", "GradScaler", "checkpoints"
@@ -60,11 +59,11 @@ def thirty_steps(lab: Lab) -> None:
     NUMBERS,
     "equal elements stay equal, in the body of a loop and in its tail",
     "The tail after whole vectors rounds otherwise: use the body's operations with fewer lanes.",
-    sizes=(2, 3, 5, 9, 17, 33, 69),
+    sizes=(2, 9, 17, 33, 69),
     dtypes=FLOATS,
 )
 def tail(lab: Lab) -> None:
-    values, generator = lab.values(16), torch.Generator().manual_seed(0)
+    values, generator = lab.values(8), torch.Generator().manual_seed(0)
     params = [Parameter(torch.full((lab.size,), float(x), dtype=lab.dtype)) for x in values]
     run = lab.run(params)
     for _ in range(10):
@@ -106,7 +105,7 @@ def not_finite(lab: Lab) -> None:
 def zero_lr(lab: Lab) -> None:
     run = lab.run([lab.param()], lr=0.0)
     before = run.params[0].detach().clone()
-    run.step()
+    run.step(check=False)
     if not same(run.params[0], before):
         at = int((run.params[0] != before).nonzero()[0])
         run.fail("a step with lr = 0 changed a parameter", run.params[0], at=at, expected=before)
@@ -356,26 +355,17 @@ def closure(lab: Lab) -> None:
 
 
 def _hold_option(lab: Lab, value: dict[str, Any], beside: dict[str, Any]) -> None:
-    """Holds a run with an option against the rule with it, and against the rule without it."""
-    run = lab.run([lab.param()], **beside, **value)
-    without = Truth(lab.rule, run.params[0])
-    (name,) = value
-    others = {**run.options[0]}
-    others[name] = lab.options(beside).get(name, DEFAULTS[lab.rule][name])
+    """Holds a run with an option against the rule, and against a run without the option."""
+    run, without = lab.run([lab.param()], **beside, **value), lab.run([lab.param()], **beside)
+    (param,), (other,) = run.params, without.params
     for step in range(4):
-        grad = lab.gradient(run.params[0], step) / 4**step
-        without.advance(grad, others)
+        grad = lab.gradient(param, step) / 4**step
+        without.step([grad.clone()], check=False)
         run.step([grad], check=False)
-        distance = run.truths[0].distance(run.params[0])
-        if distance.wrong and not without.distance(run.params[0]).wrong:
-            run.fail(
-                f"'{name}={value[name]}' is taken, and changes nothing",
-                run.params[0],
-                at=distance.wrong[0],
-                expected=run.truths[0].expected(),
-                kind=IgnoredError,
-            )
-        run.check()
+    if run.truths[0].distance(param).wrong and same(param, other):
+        text = ", ".join(f"{name}={setting}" for name, setting in value.items())
+        run.fail(f"'{text}' is taken, and changes nothing", param, kind=IgnoredError)
+    run.check()
 
 
 def _option(
@@ -689,7 +679,7 @@ def _hold_equal(lab: Lab, threads: Sequence[int], what: str) -> None:
     REPETITION,
     "the same bits for one, two and three threads",
     "Where the work is cut decides how an element is rounded: make the tail like the body.",
-    sizes=(33, MANY),
+    sizes=(1, 33, MANY),
     dtypes=("float32", "bfloat16"),
 )
 def threads(lab: Lab) -> None:
@@ -700,7 +690,7 @@ def threads(lab: Lab) -> None:
     REPETITION,
     "the same bits each time",
     "Something is random, not initialised, or carried from one optimizer to the next.",
-    sizes=(33, 4097),
+    sizes=(1, 33, 4097),
     dtypes=("float32", "bfloat16"),
 )
 def repeated(lab: Lab) -> None:

@@ -1,9 +1,9 @@
 """The other side of the pipe: runs cases, each in a process of its own.
 
-``python -m flatstep.conformance.child PATH RULE [OPTION…]`` reads requests from its standard input,
-a line of JSON each, and answers each with a line on its standard output. It imports torch and the
-optimizer once, and forks for every case, before torch has started any thread. With ``--alone`` it
-runs one case in its own process and ends, for systems that cannot fork.
+``python -m flatstep.conformance.child`` reads requests from its standard input, a line of JSON
+each, and answers each with a line on its standard output. It imports torch and an optimizer's
+module once, and forks for every case, before torch has started any thread. With ``--alone`` it runs
+one case in its own process and ends, for systems that cannot fork.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -36,23 +36,37 @@ Say = Callable[[dict[str, Any]], None]
 
 def main(arguments: list[str]) -> None:
     """Serves requests until the input ends, or one with ``--alone``."""
-    alone = arguments[0] == "--alone"
-    path, rule, *options = arguments[alone:]
     # What an optimizer prints must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    under_test = subject(path, options, rule)
 
     def say(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
     _warm_up()
-    say({"ready": True})
-    if alone:
-        run(under_test, json.loads(sys.stdin.readline()), say)
-    else:
-        serve(under_test, sys.stdin.buffer, say)
+    if arguments == ["--alone"]:
+        request = json.loads(sys.stdin.readline())
+        with _refusing(say):
+            run(_subject(request), request, say)
+        return
+    for line in iter(sys.stdin.buffer.readline, b""):
+        request = json.loads(line)
+        with _refusing(say):
+            say(in_a_fork(_subject(request), request, answers.fileno()))
+
+
+def _subject(request: dict[str, Any]) -> Subject:
+    return subject(request["optimizer"], request["options"], request["rule"])
+
+
+@contextlib.contextmanager
+def _refusing(say: Say) -> Iterator[None]:
+    """Says so where an optimizer cannot be found here."""
+    try:
+        yield
+    except ValueError as error:
+        say({"refused": str(error)})
 
 
 def _warm_up() -> None:
@@ -63,26 +77,21 @@ def _warm_up() -> None:
     torch.optim.SGD([param]).step()
 
 
-def serve(under_test: Subject, requests: BinaryIO, say: Say) -> None:
-    """Answers each request with the messages of a forked process and how it ended."""
-    for line in iter(requests.readline, b""):
-        say(in_a_fork(under_test, json.loads(line), requests))
-
-
-def in_a_fork(under_test: Subject, request: dict[str, Any], requests: BinaryIO) -> dict[str, Any]:
+def in_a_fork(under_test: Subject, request: dict[str, Any], answers: int) -> dict[str, Any]:
     """Runs a case in a forked process, and waits until it ends or its time is over."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as output:
         process = os.fork()
         if process == 0:
             os.close(read)
+            os.close(answers)  # so that its end shows if this process outlives the other
             os.setpgid(0, 0)
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             _be_the_child(under_test, request, write)
         os.close(write)
-        text, in_time = _read_until(read, time.monotonic() + request["timeout"], requests)
+        text, in_time = _read_until(read, time.monotonic() + request["timeout"])
         os.close(read)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process, signal.SIGKILL)
@@ -93,15 +102,15 @@ def in_a_fork(under_test: Subject, request: dict[str, Any], requests: BinaryIO) 
     return {"messages": messages, "status": status, "in_time": in_time, "output": printed[-2000:]}
 
 
-def _read_until(source: int, end: float, requests: BinaryIO) -> tuple[bytes, bool]:
+def _read_until(source: int, end: float) -> tuple[bytes, bool]:
     """What a process writes until it ends; False where it had not by ``end``."""
     text = b""
     with selectors.DefaultSelector() as selector:
         selector.register(source, selectors.EVENT_READ)
-        selector.register(requests, selectors.EVENT_READ)
+        selector.register(0, selectors.EVENT_READ)
         while (left := end - time.monotonic()) > 0:
             for key, _events in selector.select(left):
-                if key.fileobj is requests:  # nothing is asked while a case runs: the input ended
+                if key.fd == 0:  # nothing is asked while a case runs: the input ended
                     return text, False
                 if not (new := os.read(source, 1 << 16)):
                     return text, True

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from flatstep.cli import facts
 from flatstep.conformance import report, runner
-from flatstep.conformance.results import Result
-from flatstep.verify.progress import INTERRUPTED
+from flatstep.verify.progress import INTERRUPTED, progress_bar
 
 
 def conform(
@@ -60,12 +50,15 @@ def conform(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console.print(f"{plan.subject.label}: {len(plan.rows)} cases, against {plan.subject.rule}")
+    cases_to_run = "1 case" if len(plan.rows) == 1 else f"{len(plan.rows)} cases"
+    console.print(
+        f"{plan.subject.label}: {cases_to_run}, against {plan.subject.rule}", markup=False
+    )
     try:
-        with _progress(console) as on_progress:
+        with progress_bar(console, plan.subject.rule) as on_progress:
             found = runner.run(plan, jobs=jobs, on_progress=on_progress)
     except RuntimeError as error:
-        console.print(f"[red]{error}[/]")
+        console.print(str(error), style="red", markup=False)
         console.print(f"Import {optimizer} alone, and mend what that says.", markup=False)
         return 1
     report.show(found, console)
@@ -77,23 +70,3 @@ def conform(
     if found.interrupted:
         return INTERRUPTED
     return 0 if found.ok else 1
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[runner.OnProgress]:
-    """A bar with the time left, on a terminal only."""
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task: TaskID = progress.add_task("starting", total=None)
-
-        def on_progress(done: int, total: int, result: Result) -> None:
-            progress.update(task, completed=done, total=total, description=result.name)
-
-        yield on_progress

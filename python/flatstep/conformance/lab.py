@@ -243,7 +243,7 @@ class Run:
         except (NotOfferedError, WrongError, RaisedError):
             raise
         except Exception as error:
-            unchanged = self.changed_since(before) is None
+            unchanged = len(self.snapshot()) == len(before) and not self.changed_since(before)
             raise RaisedError(what, error, unchanged, self.steps) from error
 
     def snapshot(self) -> list[tuple[str, Tensor]]:

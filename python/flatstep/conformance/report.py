@@ -13,9 +13,10 @@ from rich.table import Table
 from flatstep.conformance import cases as _  # noqa: F401 - fills the registry
 from flatstep.conformance.registry import CASES, FLOATS
 from flatstep.conformance.results import Outcome, Report, Result
-from flatstep.verify.results import Value
+from flatstep.conformance.text import describe, explain
 
 SHOWN = 12  # cases that fail
+LEGEND = "same: the reference's bits; N ULP: as near as a careful implementation is"
 
 _CELLS = {
     Outcome.SAME: "[green]same[/]",
@@ -32,7 +33,8 @@ _CELLS = {
 def show(report: Report, console: Console) -> None:
     """Prints the table, what is wrong and the verdict."""
     if report.results:
-        console.print(_table(report), "")
+        console.print(_table(report))
+        console.print(f"[dim]{LEGEND}[/]\n")
     failing: dict[str, list[Result]] = {}
     for result in report.failures:
         failing.setdefault(result.case, []).append(result)
@@ -64,13 +66,7 @@ def _grouped(names: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _table(report: Report) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        caption="same: the reference's bits; N ULP: as far as a careful implementation may be",
-        caption_justify="left",
-        caption_style="dim",
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     found = {(result.case, result.dtype): result for result in report.results}
     dtypes = [dtype for dtype in FLOATS if any(result.dtype == dtype for result in report.results)]
     table.add_column("case", no_wrap=True)
@@ -107,39 +103,6 @@ def _show_failure(results: list[Result], console: Console) -> None:
             console.print(rows)
     console.print(case.advice)
     console.print(f"repeat: {first.command}\n", soft_wrap=True, markup=False)
-
-
-def describe(result: Result) -> list[str]:
-    """What was seen, in lines of text, without the values."""
-    evidence = result.evidence
-    if evidence is None:
-        return []
-    where = []
-    if evidence.shape is not None:
-        where.append(f"shape {tuple(evidence.shape)}, strides {tuple(evidence.stride or ())}")
-    if evidence.index is not None:
-        where.append(f"index {tuple(evidence.index)}")
-    if evidence.step:
-        where.append(f"step {evidence.step}")
-    if evidence.count > 1:
-        where.append(f"{evidence.count:,} elements")
-    if evidence.allowed is not None:
-        where.append(f"at most {evidence.allowed:.2g} off is allowed")
-    if result.size is not None:
-        where.append(f"size {result.size}")
-    return [evidence.what, "; ".join(where)]
-
-
-def explain(result: Result) -> str:
-    """All of a result as text, with what repeats it."""
-    lines = [f"{result.case} ({result.dtype}): {result.text}", *describe(result)]
-    evidence = result.evidence
-    values: list[tuple[str, Value | None]] = []
-    if evidence is not None:
-        values = [("expected", evidence.expected), ("got", evidence.got)]
-    lines += [f"{name:8}  {x.hex}  {x.value}" for name, x in values if x is not None]
-    lines += [CASES[result.case].advice, f"repeat: {result.command}"]
-    return "\n".join(line for line in lines if line)
 
 
 def _verdict(report: Report) -> str:

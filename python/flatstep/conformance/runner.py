@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -21,9 +21,9 @@ from flatstep.conformance import cases as _  # noqa: F401 - fills the registry
 from flatstep.conformance.registry import CASES, FLOATS, Case
 from flatstep.conformance.results import Evidence, Outcome, Report, Result
 from flatstep.subjects import RULES_BY_NAME, Subject, subject
+from flatstep.verify.runner import OnProgress
 
 TIMEOUT = 60.0  # seconds for one case
-OnProgress = Callable[[int, int, Result], None]
 
 # Forking a process that has loaded Apple's frameworks is not safe.
 CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
@@ -114,10 +114,10 @@ def run(plan: Plan, *, jobs: int | None = None, on_progress: OnProgress | None =
     Args:
         plan: What to run.
         jobs: How many processes at a time; None: one for each core, four at most.
-        on_progress: Called after each case with how many are done, of how many, and its result.
+        on_progress: Called after each case with how many are done, of how many, and its name.
 
     Raises:
-        RuntimeError: The processes cannot be started.
+        RuntimeError: The optimizer cannot be imported in another process.
     """
     report = Report(plan.subject.path, list(plan.options), plan.subject.rule, len(plan.rows))
     began = time.monotonic()
@@ -126,14 +126,14 @@ def run(plan: Plan, *, jobs: int | None = None, on_progress: OnProgress | None =
     with contextlib.ExitStack() as stack:
         idle: SimpleQueue[Worker] = SimpleQueue()
         pool = stack.enter_context(ThreadPoolExecutor(count))
-        workers = [stack.enter_context(contextlib.closing(Worker(plan))) for _ in range(count)]
+        workers = [stack.enter_context(contextlib.closing(Worker())) for _ in range(count)]
         for worker in workers:
             idle.put(worker)
 
         def one(row: tuple[Case, str]) -> Result:
             worker = idle.get()
             try:
-                return run_case(worker, *row)
+                return run_case(worker, plan, *row)
             finally:
                 idle.put(worker)
 
@@ -145,7 +145,7 @@ def run(plan: Plan, *, jobs: int | None = None, on_progress: OnProgress | None =
                 for future in done:
                     results[pending[future]] = future.result()
                     if on_progress is not None:
-                        on_progress(len(results), len(plan.rows), future.result())
+                        on_progress(len(results), len(plan.rows), future.result().name)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
@@ -158,33 +158,32 @@ def run(plan: Plan, *, jobs: int | None = None, on_progress: OnProgress | None =
     return report
 
 
-def run_case(worker: Worker, case: Case, dtype: str) -> Result:
+def run_case(worker: Worker, plan: Plan, case: Case, dtype: str) -> Result:
     """Runs one case; if it fails, again for fewer elements, to find out how few show it."""
-    plan, began = worker.plan, time.monotonic()
-    sizes = plan.sizes_of(case)
-    result = _result(case, dtype, worker.ask(case, dtype, sizes))
+    began = time.monotonic()
+    result = _result(case, dtype, worker.ask(plan, case, dtype, plan.sizes_of(case)))
     if not result.outcome.is_fine:
-        result = _smallest(worker, case, result, sizes)
+        result = _smallest(worker, plan, case, result)
         result.command = plan.command(case, dtype, result.size)
     result.seconds = time.monotonic() - began
     return result
 
 
-def _smallest(worker: Worker, case: Case, result: Result, sizes: Sequence[int]) -> Result:
+def _smallest(worker: Worker, plan: Plan, case: Case, result: Result) -> Result:
     """The failure at a smaller size, by halves; without a size if it comes with none alone."""
     if result.outcome is Outcome.HANG or result.size is None:  # each try would take as long
         return result
 
     def alone(size: int) -> Result | None:
-        again = _result(case, result.dtype, worker.ask(case, result.dtype, (size,)))
+        again = _result(case, result.dtype, worker.ask(plan, case, result.dtype, (size,)))
         return again if again.outcome is result.outcome else None
 
-    smaller = [size for size in sizes if size < result.size]
+    smaller = [size for size in plan.sizes_of(case) if size < result.size]
     fails, passes = result.size, max(smaller, default=result.size - 1)
     if (found := alone(fails)) is None:
         result.size = None
         return result
-    while not worker.plan.sizes and fails - passes > 1:
+    while not plan.sizes and fails - passes > 1:
         middle = (fails + passes) // 2
         if (again := alone(middle)) is None:
             passes = middle
@@ -219,7 +218,9 @@ def _how_it_ended(answer: dict[str, Any]) -> str:
     status = answer["status"]
     if not answer["in_time"]:
         return "it did not end in the time that a case has; --timeout gives more"
-    if status is None or status >= 0:
+    if status is None:
+        return "it took the process down that starts the cases"
+    if status >= 0:
         return f"the process ended on its own, with exit code {status}"
     with contextlib.suppress(ValueError):
         return f"the process was ended by {signal.Signals(-status).name}"
@@ -227,35 +228,24 @@ def _how_it_ended(answer: dict[str, Any]) -> str:
 
 
 class Worker:
-    """A process that imports torch and the optimizer once, and runs each case in a fork of itself.
+    """A process that imports torch and optimizers once, and runs each case in a fork of itself.
 
     Where a process cannot fork, every case starts a new one.
 
     Args:
-        plan: Whose cases it runs.
         forks: Whether it may fork.
-
-    Raises:
-        RuntimeError: It cannot be started.
     """
 
-    def __init__(self, plan: Plan, *, forks: bool = CAN_FORK) -> None:
-        self.plan = plan
+    def __init__(self, *, forks: bool = CAN_FORK) -> None:
         self.forks = forks
         self._closed = False
-        self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
-        if forks:
-            self._process = self._start()
+        self._process = self._start() if forks else None
 
     def _start(self, *flags: str) -> subprocess.Popen[bytes]:
         path = os.pathsep.join(part or os.getcwd() for part in sys.path)
-        subject = self.plan.subject
         return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "flatstep.conformance.child", *flags),
-                *(subject.path, subject.rule, *self.plan.options),
-            ],
+            [sys.executable, "-m", "flatstep.conformance.child", *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -264,58 +254,61 @@ class Worker:
             start_new_session=True,  # so that Ctrl-C comes to this process alone
         )
 
-    def ask(self, case: Case, dtype: str, sizes: Sequence[int]) -> dict[str, Any]:
+    def ask(self, plan: Plan, case: Case, dtype: str, sizes: Sequence[int]) -> dict[str, Any]:
         """The messages of one case's process, and how it ended.
 
         Raises:
-            RuntimeError: The process that forks has ended.
+            RuntimeError: The optimizer cannot be imported there.
         """
         request = {
+            "optimizer": plan.subject.path,
+            "options": list(plan.options),
+            "rule": plan.subject.rule,
             "case": case.name,
             "dtype": dtype,
             "sizes": list(sizes),
-            "timeout": self.plan.timeout,
+            "timeout": plan.timeout,
         }
         line = json.dumps(request).encode() + b"\n"
-        return self._ask_fork(line) if self.forks else self._ask_alone(line)
+        answer = self._ask_fork(line) if self.forks else self._ask_alone(line, plan.timeout)
+        for message in (answer, *answer.get("messages", ())):
+            if "refused" in message:
+                raise RuntimeError(message["refused"])
+        return answer
 
     def _ask_fork(self, line: bytes) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError, ValueError):
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-            for answer in self._lines(self._process.stdout):
-                if "status" in answer:
-                    return answer
-        raise RuntimeError(f"the process that runs the cases has ended: {self._printed()}")
+            process.stdin.write(line)
+            process.stdin.flush()
+            if answer := process.stdout.readline():
+                return dict(json.loads(answer))
+        printed = self._printed()
+        if not self._closed:
+            self._end(process)
+            self._process = self._start()
+        return {"messages": [], "status": None, "in_time": True, "output": printed}
 
-    def _ask_alone(self, line: bytes) -> dict[str, Any]:
+    def _ask_alone(self, line: bytes, timeout: float) -> dict[str, Any]:
         self._errors.seek(0)
         self._errors.truncate()
         with self._start("--alone") as process:
             in_time = True
             try:
-                text, _none = process.communicate(line, self.plan.timeout)
+                text, _none = process.communicate(line, timeout)
             except subprocess.TimeoutExpired:
                 in_time = False
                 process.kill()
                 text, _none = process.communicate()
-        messages = [json.loads(part) for part in text.splitlines()]
-        if {"ready": True} not in messages and in_time:
-            raise RuntimeError(f"the process that runs a case has ended: {self._printed()}")
         return {
-            "messages": messages,
+            "messages": [json.loads(part) for part in text.splitlines()],
             "status": process.returncode,
             "in_time": in_time,
             "output": self._printed(),
         }
-
-    @staticmethod
-    def _lines(stream: Any) -> Iterator[dict[str, Any]]:
-        for line in stream:
-            yield json.loads(line)
 
     def _printed(self) -> str:
         if self._errors.closed:
@@ -323,20 +316,25 @@ class Worker:
         self._errors.seek(0)
         return self._errors.read().decode(errors="replace").strip()[-2000:]
 
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            assert process.stdin is not None
+            process.stdin.close()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with contextlib.suppress(ValueError):
+            assert process.stdout is not None
+            process.stdout.close()
+
     def close(self) -> None:
         """Ends the process, and a case that it is running."""
         if self._closed:
             return
         self._closed = True
-        process = self._process
-        if process is not None and process.stdin and process.stdout:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            with contextlib.suppress(ValueError):
-                process.stdout.close()
+        if self._process is not None:
+            self._end(self._process)
         self._errors.close()

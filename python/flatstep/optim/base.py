@@ -14,8 +14,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from flatstep import _core, flat, reference
-from flatstep._torch import increment_version
-from flatstep.optim import clipping, extras, gpu, release, torch_ops
+from flatstep._torch import connect_dtensor, increment_version
+from flatstep.optim import checkpoints, clipping, extras, gpu, release, sharding, torch_ops
 from flatstep.optim.extras import Extras
 from flatstep.optim.finding import Finding
 from flatstep.optim.hooks import with_hooks
@@ -38,7 +38,7 @@ def flag_bits(rule: str) -> dict[str, int]:
     return {name: 1 << bit for bit, name in enumerate(RULES[rule]["flags"])}
 
 
-_WRITES_GRAD = _core.EXTRAS["writes_grad"]
+_WRITES_GRAD = extras.WRITES_GRAD
 
 
 def validate_implementation(options: dict[str, Any]) -> None:
@@ -64,6 +64,8 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
     kernel's memory (``_core.Plan``), creating states, and making one call a step.
     """
 
+    _watch: Any = None  # what records the steps
+    _releases = 0  # how many handles of step_in_backward() are in force
     later_options: ClassVar[dict[str, Any]]  # what a checkpoint of an older torch may lack
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Extras) -> None:
@@ -192,7 +194,8 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
 
         Raises:
             ValueError: An option needs all gradients at a time (``max_grad_norm``, GradScaler with
-                ``fused=True``), or they are in a :class:`flatstep.FlatBuffer`.
+                ``fused=True``), they are in a :class:`flatstep.FlatBuffer`, or
+                :func:`flatstep.profile` is recording.
         """
         release.refuse(self)
         return Release(self)
@@ -214,6 +217,13 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
         """Whether any parameter is on a GPU."""
         return any(found.param.device.type == "cuda" for found in self._find())
 
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.Optimizer.state_dict`, in types that collectives can carry.
+
+        A ``state_dtype`` is there by its name, and ``master_low`` as bfloat16 of the same bits.
+        """
+        return checkpoints.pack(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As :meth:`torch.optim.Optimizer.load_state_dict`, but states keep their dtype.
 
@@ -221,8 +231,9 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
         another (``state_dtype``, masters, averages), they have that one.
         """
 
-        def note(_: torch.optim.Optimizer, found: dict[str, Any]) -> None:
-            self._loading = found
+        def note(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            self._loading = checkpoints.unpack(found)
+            return self._loading
 
         # After the hooks of others, which may change what is loaded.
         hook = self.register_load_state_dict_pre_hook(note)
@@ -418,7 +429,8 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
                 total = table.total(largest, self._clipped)
             table.plan.release()
         elif not self.is_on_gpu():
-            total = clipping.total([found.param for found in self._find()], largest)
+            connect_dtensor()
+            total = sharding.total([found.param for found in self._find()], largest)
         if total is None:
             return None
         if clipped is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flatstep import _core, reference
@@ -146,9 +147,10 @@ def parts(params: Sequence[torch.Tensor], largest: bool) -> list[float]:
     by_kernels: dict[torch.device, dict[int, torch.Tensor]] = {}
     by_torch: dict[torch.device, dict[int, torch.Tensor]] = {}
     for place, param in enumerate(params):
-        memory = _memory(param)
+        grad = local_of(grad_of(param))
+        memory = memory_of(grad, local_of(param))
         kind, tensor = (
-            (by_torch, _by_torch(param, largest)) if memory is None else (by_kernels, memory)
+            (by_torch, by_operations(grad, largest)) if memory is None else (by_kernels, memory)
         )
         kind.setdefault(tensor.device, {})[place] = tensor
     found: dict[int, float] = {}
@@ -160,28 +162,44 @@ def parts(params: Sequence[torch.Tensor], largest: bool) -> list[float]:
     return [found[place] for place in range(len(params))]
 
 
-def _memory(param: torch.Tensor) -> torch.Tensor | None:
-    """A gradient in its parameter's order, where a kernel reads it."""
-    grad, param = local_of(grad_of(param)), local_of(param)
+def memory_of(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor | None:
+    """A local gradient in its parameter's order, where a kernel reads it."""
     if grad.layout != torch.strided or not is_plain(grad):
         return None
     dense = param if is_plain(param) and is_dense(param) else torch.empty_like(param)
     return in_order_of(grad, dense)
 
 
-def _by_kernels(
-    memories: Sequence[torch.Tensor], largest: bool, device: torch.device
-) -> list[float]:
+def _pieces(memories: Sequence[torch.Tensor]) -> tuple[list[int], list[str], list[int]]:
     addresses = [memory.data_ptr() for memory in memories]
     kinds = [STORED[memory.dtype] for memory in memories]
     counts = [memory.numel() * (2 if memory.is_complex() else 1) for memory in memories]
+    return addresses, kinds, counts
+
+
+def _by_kernels(
+    memories: Sequence[torch.Tensor], largest: bool, device: torch.device
+) -> list[float]:
     if device.type == "cpu":
-        return _core.norms(addresses, kinds, counts, largest, torch.get_num_threads())
-    return gpu.norms(addresses, kinds, counts, largest, device.index)
+        return _core.norms(*_pieces(memories), largest, torch.get_num_threads())
+    return gpu.norms(*_pieces(memories), largest, device.index)
 
 
-def _by_torch(param: torch.Tensor, largest: bool) -> torch.Tensor:
-    grad = local_of(grad_of(param))
+def tiles_of(
+    memories: Sequence[torch.Tensor], largest: bool, device: torch.device
+) -> tuple[np.ndarray, list[int]]:
+    """The same of each tile of memory on one device, in order, and how many tiles each has."""
+    addresses, kinds, counts = _pieces(memories)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        tiles = np.frombuffer(_core.tile_norms(addresses, kinds, counts, largest, threads))
+    else:
+        tiles = gpu.tile_norms(addresses, kinds, counts, largest, device.index)
+    return tiles, [reference.tile_count(count) for count in counts]
+
+
+def by_operations(grad: torch.Tensor, largest: bool) -> torch.Tensor:
+    """The same of a local gradient through torch's operations, 0-dim, where it is."""
     if grad.layout != torch.strided:
         grad = grad.coalesce().values()
     values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad

@@ -12,6 +12,7 @@ from flatstep import _core
 
 _BITS = _core.EXTRAS
 RULE_FLAGS = 0xFF  # of a variant's bits, those of the rule; extras are above
+WRITES_GRAD = _BITS["writes_grad"]
 
 
 class Extras(TypedDict, total=False):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 
 from flatstep import _core, flat
 from flatstep._torch import connect_dtensor
-from flatstep.optim import extras, gpu, states
+from flatstep.optim import extras, gpu, sharding, states
 from flatstep.optim.routes import Found, Route, grad_of, layout_of, local_of, overlapping, route_of
 from flatstep.optim.states import Wanted
 from flatstep.optim.table import Other, Table
@@ -29,6 +30,7 @@ class Finding:
     param_groups: list[dict[str, Any]]
     state: Any
     _elements_before = 0  # of parameters in front of this optimizer's, for chance
+    _make_plan: Callable[[str], _core.Plan] = _core.Plan  # a recording has its own
     _gather: bool  # whether states are to be moved into new flat buffers
     _table: Table | None
 
@@ -42,8 +44,11 @@ class Finding:
         everything, first = [], self._elements_before
         for index, group in enumerate(self.param_groups):
             for place, param in enumerate(group["params"]):
-                everything.append(Found(param, self._label(index, place), index, first))
-                first += local_of(param).numel()
+                label = self._label(index, place)
+                everything.append(
+                    Found(param, label, index, first + sharding.first_element_of(param))
+                )
+                first += param.numel()
         return everything
 
     def _route(self, found: Found) -> Route:
@@ -134,8 +139,8 @@ class Finding:
                 step_device=self._step_device,
                 gather=self._gather,
             )
-        plan = _core.Plan(self.rule)
-        plan.begin(flags, self._elements_before % 2**32)
+        plan = self._make_plan(self.rule)
+        plan.begin(flags)
         others: list[Other] = []
         rows = 0
         cleared: dict[flat.FlatBuffer, int] = {}
@@ -148,8 +153,7 @@ class Finding:
             if extras.MASTER in of.names:
                 masters.append((local_of(found.param), local_of(state[extras.MASTER])))
             if way is not Route.KERNEL:
-                count = local_of(found.param).numel()
-                plan.add_other(found.group, found.param, count, way is None)
+                plan.add_other(found.group, found.param, way is None)
                 if way is not None:
                     others.append(Other(found, way, of, found in firsts))
                 continue
@@ -161,7 +165,8 @@ class Finding:
             tensors = [state[name] for name in of.names]
             grad = found.param.grad if buffer else None
             rows += 1
-            plan.add(found.group, found.param, tensors, step, first_step, grad)
+            first = found.first % 2**32
+            plan.add(found.group, found.param, first, tensors, step, first_step, grad)
             for tensor in [*tensors, *([] if step is None else [step])]:
                 written[local_of(tensor).untyped_storage().data_ptr()] = local_of(tensor)
         plan.end(self.state)
@@ -181,6 +186,7 @@ class Finding:
             only_gpus=bool(devices) and gpus == devices and not others,
             is_double=any(found.param.dtype == torch.float64 for found in everything),
             params=[found.param for found in everything],
+            norms=sharding.norms_of([found.param for found in everything]),
         )
         return self._table
 

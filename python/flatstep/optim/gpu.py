@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from flatstep import _core, reference
@@ -111,10 +112,24 @@ def norms(
     addresses: Sequence[int], kinds: Sequence[str], counts: Sequence[int], largest: bool, index: int
 ) -> list[float]:
     """What ``_core.norms`` says of gradients, of those on a GPU; waits for it."""
-    tiles = sum(-(-count // reference.TILE) for count in counts)
+    found: list[float] = _norms(addresses, kinds, counts, largest, index)[-len(counts) :].tolist()
+    return found
+
+
+def tile_norms(
+    addresses: Sequence[int], kinds: Sequence[str], counts: Sequence[int], largest: bool, index: int
+) -> np.ndarray:
+    """The same of each tile of them."""
+    return _norms(addresses, kinds, counts, largest, index)[: -len(counts)].cpu().numpy()
+
+
+def _norms(
+    addresses: Sequence[int], kinds: Sequence[str], counts: Sequence[int], largest: bool, index: int
+) -> torch.Tensor:
+    """Those of the tiles, then those of the gradients."""
+    size = sum(map(reference.tile_count, counts)) + len(counts)
     room, found = (
-        torch.empty(size, dtype=torch.float64, device=device(index))
-        for size in (tiles + len(counts), 3)
+        torch.empty(size, dtype=torch.float64, device=device(index)) for size in (size, 3)
     )
     _core.norms_on_gpu(
         addresses,
@@ -126,7 +141,7 @@ def norms(
         room.data_ptr(),
         found.data_ptr(),
     )
-    return room[tiles:].tolist()
+    return room
 
 
 class Reader:

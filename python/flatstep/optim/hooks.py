@@ -24,18 +24,23 @@ def with_hooks(step: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(step)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         self: Any = args[0]
-        if type(self).step is not wrapper:  # torch has wrapped the subclass's, which calls this one
-            return step(*args, **kwargs)
-        if (
+        is_outermost = type(self).step is wrapper  # torch wraps a subclass's, which calls this one
+        run = step
+        if is_outermost and (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _profiler_enabled()
         ):
-            return watched(*args, **kwargs)
-        out = step(*args, **kwargs)
-        self._optimizer_step_code()
+            run = watched
+        out: _R
+        if self._watch is None:
+            out = run(*args, **kwargs)
+        else:
+            out = self._watch.step(run, args, kwargs, run is watched or not is_outermost)
+        if is_outermost and run is step:
+            self._optimizer_step_code()
         return out
 
     wrapper.hooked = True  # type: ignore[attr-defined]

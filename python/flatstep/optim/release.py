@@ -9,7 +9,6 @@ import torch
 
 from flatstep import flat
 from flatstep.optim import clipping, extras
-from flatstep.optim.routes import local_of
 
 if TYPE_CHECKING:
     from flatstep.optim.base import Optimizer
@@ -22,19 +21,24 @@ class Release:
         self._optimizer = optimizer
         self._alone: dict[torch.Tensor, Optimizer] = {}
         self._hooks = []
+        self._in_force = True
         before = 0  # elements
         for index, group in enumerate(optimizer.param_groups):
             for place, param in enumerate(group["params"]):
                 if param.requires_grad:
                     step = partial(self._step, index, place, before)
                     self._hooks.append(param.register_post_accumulate_grad_hook(step))
-                before += local_of(param).numel()
+                before += param.numel()
+        optimizer._releases += 1
 
     def remove(self) -> None:
         """Updates no longer happen in backward."""
+        if not self._in_force:
+            return
+        self._in_force = False
+        self._optimizer._releases -= 1
         for hook in self._hooks:
             hook.remove()
-        self._hooks.clear()
 
     def __enter__(self) -> Release:
         """Nothing more: backward steps already."""
@@ -67,6 +71,11 @@ class Release:
 
 def refuse(optimizer: Optimizer) -> None:
     """Raises ValueError where a step needs more than one gradient at a time, or none is freed."""
+    if optimizer._watch is not None:
+        raise ValueError(
+            "flatstep.profile() and step_in_backward() exclude each other: there is no step to "
+            "record; leave the `with flatstep.profile(...)` first"
+        )
     refuse_options(optimizer)
     for group in optimizer.param_groups:
         if any(map(flat.holds_gradient, group["params"])):

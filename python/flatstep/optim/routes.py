@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Found:
     param: torch.Tensor
     name: str
     group: int
-    first: int  # element among those of all parameters
+    first: int  # element of what is here, among those of all parameters
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -87,6 +88,26 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def as_placed(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A local tensor, as a DTensor placed like the other where that is one.
+
+    It shares the local one's memory, wherever that is: ``DTensor.from_local`` would move it to the
+    device of the mesh, and with it the states of parameters that are offloaded to the CPU.
+    """
+    if not is_dtensor(like):
+        return local
+    spec: Any = like._spec  # type: ignore[attr-defined]
+    meta = spec.tensor_meta._replace(dtype=local.dtype)
+    of_local = dataclasses.replace(spec, tensor_meta=meta)
+    placed: torch.Tensor = type(like)(local, of_local, requires_grad=False)  # type: ignore[call-overload]
+    return placed
+
+
+def bits_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same bits as another dtype of their size; ``DTensor.view`` would not keep them."""
+    return as_placed(local_of(tensor).view(dtype), tensor)
+
+
 def grad_of(param: torch.Tensor) -> torch.Tensor:
     """The gradient of a parameter that has one."""
     grad = param.grad
@@ -133,6 +154,16 @@ def _refuse(found: Found, grad: torch.Tensor) -> None:
             f"{name} has shape {tuple(param.shape)}, but its gradient has {tuple(grad.shape)}; "
             "clear the gradient after changing a parameter's data"
         )
+    if is_dtensor(param) and any(p.is_partial() for p in param.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} has placements {param.placements}: an update of what is to be summed up over "  # type: ignore[attr-defined]
+            "ranks is not the sum of updates; redistribute it to Shard or Replicate"
+        )
+    if param.layout == grad.layout and is_dtensor(param) != is_dtensor(grad):
+        which, other = ("", " not") if is_dtensor(param) else (" not", "")
+        raise ValueError(
+            f"{name} is{which} a DTensor, but its gradient is{other}; make both DTensors or neither"
+        )
     if param.device != grad.device:
         raise ValueError(f"{name} is on {param.device}, but its gradient is on {grad.device}")
 
@@ -170,7 +201,6 @@ def route_of(found: Found, *, differentiable: bool) -> Route:
     local_param, local_grad = local_of(param), local_of(grad)
     if (
         differentiable
-        or (local_param is param) != (local_grad is grad)
         or (local_param is not param and param.placements != grad.placements)  # type: ignore[attr-defined]
         or not is_plain(local_param)
         or not is_plain(local_grad)

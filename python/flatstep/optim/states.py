@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from flatstep._torch import zeros_flat
-from flatstep.optim.extras import AVERAGE, MASTER
+from flatstep.optim.extras import AVERAGE, MASTER, MASTER_LOW
 from flatstep.optim.routes import (
     Found,
     Route,
+    as_placed,
+    bits_as,
     dense_stride,
     is_aligned,
     is_plain,
@@ -58,21 +60,6 @@ def zeros_like_all(
         buffer = buffers[dtype, param.device]
         views.append(buffer.as_strided(param.shape, dense_stride(param), start))
     return views
-
-
-def _like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """The local tensor as a DTensor where the parameter is one."""
-    if local_of(param) is param:
-        return local
-    sharded: torch.Tensor = type(param).from_local(  # type: ignore[attr-defined]
-        local,
-        param.device_mesh,  # type: ignore[attr-defined]
-        param.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
-    return sharded
 
 
 def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
@@ -135,6 +122,9 @@ def complete(
     missing, moved, dense, uncounted = [], [], [], []
     for found, state in states.items():
         names = wanted[found]
+        low = state.get(MASTER_LOW)
+        if low is not None and low.dtype == torch.bfloat16:  # put here as state_dict() has it
+            state[MASTER_LOW] = bits_as(low, torch.int16)
         step, device = state.get("step"), step_device(found)
         if device is not None and not (
             isinstance(step, torch.Tensor)
@@ -195,7 +185,7 @@ def _create(
             (local_of(found.param) for found, _ in plain), (dtype for _, dtype in plain)
         )
         for (found, _), view in zip(plain, views, strict=True):
-            created[found, name] = _like(found.param, view)
+            created[found, name] = as_placed(view, found.param)
         for found, dtype in wanting:
             if routes[found] is Route.TORCH:
                 created[found, name] = torch.zeros_like(

@@ -9,6 +9,7 @@ import torch
 from flatstep import _core, flat
 from flatstep.optim import clipping
 from flatstep.optim.routes import Found, Route
+from flatstep.optim.sharding import Norms
 from flatstep.optim.states import Wanted
 from flatstep.optim.weights import reconcile
 
@@ -40,6 +41,7 @@ class Table:
         only_gpus: Whether there are no others.
         is_double: Whether any parameter is float64.
         params: All parameters, in the order of the groups.
+        norms: Those of gradients that are sharded over ranks, where any are.
         seen: The masters' parameters' versions after the last step.
     """
 
@@ -55,6 +57,7 @@ class Table:
     only_gpus: bool
     is_double: bool
     params: list[torch.Tensor]
+    norms: Norms | None
     seen: int = -1
 
     def follow_masters(self) -> None:
@@ -69,11 +72,14 @@ class Table:
 
     @property
     def one_gpu(self) -> int | None:
-        """The GPU that everything is on, if there is one."""
-        return self.gpus[0] if self.only_gpus and len(self.gpus) == 1 else None
+        """The GPU that all gradients are on, if there is one and they are not shards."""
+        alone = self.only_gpus and len(self.gpus) == 1 and self.norms is None
+        return self.gpus[0] if alone else None
 
     def total(self, largest: bool, clipped: clipping.Outcome) -> float:
         """The sum of squares, or the largest magnitude, of the gradients that the plan found."""
+        if self.norms is not None:
+            return self.norms.total(largest, None if self.gpus else self.plan)
         if self.one_gpu is not None:
             norm = clipped.on(self.one_gpu)
             norm.add_up(self.plan, largest=largest)

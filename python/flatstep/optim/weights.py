@@ -10,19 +10,22 @@ import torch
 
 from flatstep.optim import extras
 from flatstep.optim.extras import AVERAGE, MASTER, MASTER_LOW
+from flatstep.optim.routes import as_placed, local_of
 
 
 def split(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 values as bfloat16 and int16, as :func:`flatstep.reference.split` does."""
-    bits = torch.where(weight.isnan(), 0x7FC00000, weight.view(torch.int32))
+    local = local_of(weight)
+    bits = torch.where(local.isnan(), 0x7FC00000, local.view(torch.int32))
     bits = bits - ((bits & 0x1FFFF) == 0x8000).int()
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+    high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    return as_placed(high, weight), as_placed(bits.to(torch.int16), weight)
 
 
 def join(param: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The float32 values that :func:`split` made two of."""
-    return ((param.detach().view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+    high, rest = (local_of(x).detach().view(torch.int16).int() for x in (param, low))
+    return as_placed(((high << 16) + rest).view(torch.float32), param)
 
 
 def reconcile(masters: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:

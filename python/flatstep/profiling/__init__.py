@@ -6,20 +6,38 @@
 """
 
 from flatstep.profiling.passes import PassTask, plan_passes
-from flatstep.profiling.results import Case, Limit, Pass, Report, Result, Training, TrainingResult
+from flatstep.profiling.results import (
+    Bucket,
+    Case,
+    Limit,
+    Overhead,
+    Pass,
+    Point,
+    Report,
+    Result,
+    Sweep,
+    Training,
+    TrainingResult,
+)
 from flatstep.profiling.run import Task, plan, run
+from flatstep.profiling.sweeps import SweepTask, plan_sweeps
 from flatstep.profiling.workloads import WORKLOADS, Workload
 from flatstep.profiling.works import WORKS, Work
 
 __all__ = [
     "WORKLOADS",
     "WORKS",
+    "Bucket",
     "Case",
     "Limit",
+    "Overhead",
     "Pass",
     "PassTask",
+    "Point",
     "Report",
     "Result",
+    "Sweep",
+    "SweepTask",
     "Task",
     "Training",
     "TrainingResult",
@@ -27,5 +45,6 @@ __all__ = [
     "Workload",
     "plan",
     "plan_passes",
+    "plan_sweeps",
     "run",
 ]

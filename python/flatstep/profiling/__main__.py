@@ -7,10 +7,17 @@ import json
 import sys
 from pathlib import Path
 
+from flatstep.profiling.choices import choose
 from flatstep.profiling.device import DEVICES
-from flatstep.profiling.passes import plan_passes
-from flatstep.profiling.run import SECONDS_BY_DEFAULT, plan, run
-from flatstep.profiling.text import left_out, machine_line, plain_case, plain_passes
+from flatstep.profiling.run import SECONDS_BY_DEFAULT, run
+from flatstep.profiling.text import (
+    left_out,
+    machine_line,
+    plain_case,
+    plain_passes,
+    plain_sweep,
+    problem_lines,
+)
 
 
 def main() -> int:
@@ -29,19 +36,31 @@ def main() -> int:
     parser.add_argument("--no-slow-paths", dest="slow_paths", action="store_false")
     parser.add_argument("--pass", dest="passes", action="append", metavar="NAME", help="repeatable")
     parser.add_argument("--no-passes", action="store_true")
+    parser.add_argument("--sweep", dest="sweeps", action="append", metavar="NAME")
+    parser.add_argument("--buckets", action="store_true", help="each size of tensor alone, too")
+    parser.add_argument("--against", action="append", metavar="MODULE:CLASS", help="repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"there is no directory {options.json.parent}")
-    updates = bool(options.optimizer or options.dtype)
-    by_default = not (options.workload or updates or options.no_passes or options.device != "cpu")
-    names = options.passes
     try:
-        tasks = plan(options.workload, options.optimizer, options.dtype, device=options.device)
-        passes = plan_passes(names, options.workload) if names or by_default else []
+        choices = choose(
+            workloads=options.workload,
+            optimizers=options.optimizer,
+            dtype=options.dtype,
+            against=options.against,
+            passes=options.passes,
+            no_passes=options.no_passes,
+            sweeps=options.sweeps,
+            device=options.device,
+            whole_step=False,
+        )
         report = run(
-            [] if names and not updates else tasks,
-            passes=passes,
+            choices.tasks,
+            passes=choices.passes,
+            sweeps=choices.sweeps,
+            buckets=options.buckets,
+            against=choices.against,
             device=options.device,
             rounds=options.rounds,
             seconds=options.seconds,
@@ -49,12 +68,15 @@ def main() -> int:
             whole_step=False,
             on_case=lambda case: print(plain_case(case), flush=True),
             on_passes=lambda measured: print(plain_passes(measured), flush=True),
+            on_sweep=lambda sweep, found: print(plain_sweep(sweep, found), flush=True),
         )
     except ValueError as error:
         parser.error(str(error))
-    for place, problem in report.problems.items():
-        print(f"{place}: {problem}")
-    for line in [*(f"warning: {warning}" for warning in report.warnings), *left_out(report)]:
+    for line in [
+        *problem_lines(report),
+        *(f"warning: {warning}" for warning in report.warnings),
+        *left_out(report),
+    ]:
         print(line)
     print(f"{report.seconds:.0f} s; {machine_line(report)}")
     if options.json is not None:

@@ -1,8 +1,9 @@
-"""One workload under one optimizer: first steps, checks, and the race against the limit."""
+"""One optimizer over some tensors: first steps, checks, and the race against the limit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -10,61 +11,137 @@ import torch
 from flatstep._torch import zeros_flat
 from flatstep.profiling.check import STEPS, Sample, Values, check
 from flatstep.profiling.device import Device
-from flatstep.profiling.implementations import Implementation, Tensors
-from flatstep.profiling.limit import Pages, Traffic
-from flatstep.profiling.measure import Race, Timing
-from flatstep.profiling.results import Case, Limit, Measured, Result
+from flatstep.profiling.implementations import (
+    Entrant,
+    Implementation,
+    Rivals,
+    Tensors,
+    hyperparameters,
+    states_kept,
+)
+from flatstep.profiling.limit import Pages, Traffic, bytes_moved
+from flatstep.profiling.measure import FAILURES, Race, Timing, failure
+from flatstep.profiling.results import Limit, Measured, Result
+from flatstep.profiling.workloads import Workload
 
 FIRST_STEPS = 0.4  # of a case's time, roughly
 
 
+@dataclass
+class Ground:
+    """What the races over one workload's tensors share.
+
+    Attributes:
+        device: Where they are run.
+        tensors: The parameters and gradients.
+        limit: The memory traffic.
+        sample: Where the results are checked.
+    """
+
+    device: Device
+    tensors: Tensors
+    limit: Traffic
+    sample: Sample
+
+    @staticmethod
+    def of(workload: Workload, dtype: torch.dtype, device: Device) -> Ground:
+        """Takes the memory for a workload."""
+        return Ground(
+            device,
+            Tensors(workload, dtype, device.where),
+            device.traffic(workload.parameters * dtype.itemsize),
+            Sample(workload.shapes),
+        )
+
+
+def bytes_of(workload: Workload, optimizer: str, dtype: torch.dtype) -> int:
+    """What an update reads and writes, by the rule's own count."""
+    return bytes_moved(workload.parameters * dtype.itemsize, states_kept(optimizer))
+
+
 def measure(
-    case: Case,
-    device: Device,
-    tensors: Tensors,
-    limit: Traffic,
-    sample: Sample,
-    paths: Iterable[str],
+    measured: Measured,
+    optimizer: str,
+    ground: Ground,
+    rivals: Rivals,
     until: float,
     rounds: int | None,
     on_progress: Callable[[float], object],
 ) -> None:
-    """Fills in a case's limits and results; an interrupt leaves those that there are so far.
+    """Fills in limits and results; an interrupt leaves those that there are so far.
 
     Args:
-        case: The case, with neither.
-        device: Where it is measured.
-        tensors: The workload's parameters and gradients.
-        limit: The memory traffic of the workload.
-        sample: Where the results are checked.
-        paths: torch's paths to measure.
+        measured: Where they go.
+        optimizer: The optimizer's name.
+        ground: The tensors.
+        rivals: What is raced beside flatstep.
         until: When it should end, by time.perf_counter.
         rounds: How many rounds to run, in place of those that fit into the time.
         on_progress: Called with the share that is done.
     """
-    implementations = tensors.implementations(case.optimizer, paths)
+    device, limit = ground.device, ground.limit
+    states = states_kept(optimizer)
+    entrants = ground.tensors.entrants(optimizer, rivals)
+    right: list[Implementation] = []
     owner: Implementation | None = None  # of torch's states: one copy in memory is enough
-    for place, implementation in enumerate(implementations):
-        if owner is not None and not implementation.ours:
+    for place, entrant in enumerate(entrants):
+        if owner is not None and entrant.of_torch:
             owner.drop_states()
         # Memory that was in use just before is at hand: nobody's first step waits for more of it.
-        zeros_flat(case.states * limit.size, torch.uint8, device.where).zero_()
-        case.results.append(_first_steps(implementation, case.optimizer, device, sample))
-        if not implementation.ours:
-            owner = implementation
-        on_progress(FIRST_STEPS * (place + 1) / len(implementations))
-    right = [
-        implementation
-        for implementation, result in zip(implementations, case.results, strict=True)
-        if result.problem is None
-    ]
+        zeros_flat(states * limit.size, torch.uint8, device.where).zero_()
+        implementation, result = _first_steps(entrant, optimizer, ground)
+        measured.results.append(result)
+        if implementation is not None and result.problem is None:
+            right.append(implementation)
+        if entrant.of_torch:
+            owner = implementation or owner
+        on_progress(FIRST_STEPS * (place + 1) / len(entrants))
     for implementation in right:
-        if owner is not None and not implementation.ours:
+        if owner is not None and implementation.of_torch:
             implementation.share_states(owner)
+    _race(measured, right, states, ground, until, rounds, on_progress)
 
+
+def _first_steps(
+    entrant: Entrant, optimizer: str, ground: Ground
+) -> tuple[Implementation | None, Result]:
+    """Builds an implementation, makes the steps that are checked, and times the first."""
+    device, result = ground.device, Result(entrant.name)
+    implementation: Implementation | None = None
+    params = entrant.params()
+    device.start_watching()
+    try:
+        built = entrant.build(params)
+        implementation = Implementation(entrant.name, built, params, entrant.subject is not None)
+        before = Values.of(implementation, ground.sample)
+        result.first_step = device.stopwatch(implementation.optimizer.step, 1)
+        for _ in range(STEPS - 1):
+            implementation.optimizer.step()
+        result.most_bytes = device.most_bytes()
+        after = Values.of(implementation, ground.sample)
+        result.problem = check(implementation, optimizer, before, after)
+    except FAILURES as error:
+        result.problem = failure(error)
+    if result.problem is not None and entrant.subject is not None:
+        options = hyperparameters(entrant.subject, optimizer).items()
+        with_them = ", ".join(f"{key}={value}" for key, value in options)
+        result.problem += f" (built with {with_them or 'no options'})"
+    return implementation, result
+
+
+def _race(
+    measured: Measured,
+    right: list[Implementation],
+    states: int,
+    ground: Ground,
+    until: float,
+    rounds: int | None,
+    on_progress: Callable[[float], object],
+) -> None:
+    limit = ground.limit
     pages = {implementation.name: implementation.pages(limit) for implementation in right}
     limits = {
-        kind: (limit_name(kind), limit.traffic(case.states, kind))
+        kind: (limit_name(kind), limit.traffic(states, kind))
         for kind in limit.kinds(pages.values())
     }
     race = Race(
@@ -72,7 +149,7 @@ def measure(
             **dict(limits.values()),
             **{implementation.name: implementation.optimizer.step for implementation in right},
         },
-        device.stopwatch,
+        ground.device.stopwatch,
     )
     try:
         race.run(
@@ -84,32 +161,13 @@ def measure(
         timings = race.timings()
         for kind, (name, _) in limits.items():
             if timing := timings.get(name):
-                case.limits.append(
-                    Limit(text_of(kind), limit.granted(kind), timing, case.rate(timing))
-                )
-        for result in case.results:
+                rate = measured.rate(timing)
+                measured.limits.append(Limit(text_of(kind), limit.granted(kind), timing, rate))
+        for result in measured.results:
+            result.problem = race.failures.get(result.implementation, result.problem)
             if timing := timings.get(result.implementation):
-                fill_in(result, case, timing, pages[result.implementation])
-        case.compare()
-
-
-def _first_steps(
-    implementation: Implementation, optimizer: str, device: Device, sample: Sample
-) -> Result:
-    """Makes the steps that are checked, and times the first."""
-    result = Result(implementation.name)
-    before = Values.of(implementation, sample)
-    device.start_watching()
-    try:
-        result.first_step = device.stopwatch(implementation.optimizer.step, 1)
-        for _ in range(STEPS - 1):
-            implementation.optimizer.step()
-    except (RuntimeError, TypeError, ValueError) as error:
-        result.problem = f"failed: {error}"
-        return result
-    result.most_bytes = device.most_bytes()
-    result.problem = check(implementation, optimizer, before, Values.of(implementation, sample))
-    return result
+                fill_in(result, measured, timing, pages[result.implementation])
+        measured.compare()
 
 
 def text_of(pages: Pages | None) -> str | None:

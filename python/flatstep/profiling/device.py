@@ -74,6 +74,7 @@ class Cpu(Device):
     def __init__(self) -> None:
         self.where = torch.device("cpu")
         self.stopwatch = on_the_host
+        self._watch: memory.Watch
 
     @staticmethod
     def absence() -> None:
@@ -92,10 +93,12 @@ class Cpu(Device):
         return memory.bytes_available()
 
     def start_watching(self) -> None:
-        """Nothing: a process cannot tell one implementation's memory from another's."""
+        """From now on the memory of this process is watched."""
+        self._watch = memory.Watch()
 
-    def most_bytes(self) -> None:
-        """None: see :meth:`start_watching`."""
+    def most_bytes(self) -> int | None:
+        """The most that this process had since then, over what it had then; only Linux tells."""
+        return self._watch.most_bytes()
 
 
 class Cuda(Device):

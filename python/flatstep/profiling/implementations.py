@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch.nn import Parameter
 
 import flatstep
 from flatstep import optim
-from flatstep.optim.base import Optimizer
+from flatstep.optim.base import RULES, Optimizer
 from flatstep.profiling.limit import Pages, Traffic
 from flatstep.profiling.workloads import Shape, Workload
+from flatstep.subjects import Subject
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): getattr(optim, name) for name in optim.__all__
@@ -62,28 +64,72 @@ def build_torch(path: str, name: str, params: list[Parameter]) -> torch.optim.Op
     return optimizer
 
 
+def hyperparameters(subject: Subject, name: str) -> dict[str, Any]:
+    """What a named optimizer is built with, so that it does what torch's does.
+
+    They are the values that torch's has, of those options that the subject's signature names, and
+    before them the subject's own.
+    """
+    build: Any = torch_optimizer(name)
+    defaults = build([Parameter(torch.zeros(1))], **OPTIONS.get(name, {})).defaults
+    rule = RULES[optimizer_named(name).rule]
+    shared = [key for key in defaults if key in (*rule["hyper"], "lr", "betas")]
+    named: Mapping[str, inspect.Parameter] = {}
+    with contextlib.suppress(TypeError, ValueError):  # of something compiled
+        named = inspect.signature(subject.build).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+    told = {key for key in shared if key in named or (takes_any and key in OPTIONS.get(name, {}))}
+    return {**{key: defaults[key] for key in shared if key in told}, **subject.options}
+
+
+def build_named(subject: Subject, name: str, params: list[Parameter]) -> torch.optim.Optimizer:
+    """A named optimizer that is to do what torch's does."""
+    return subject(params, **hyperparameters(subject, name))
+
+
 @dataclass
 class Implementation:
-    """An optimizer over the parameters of a workload."""
+    """An optimizer over the parameters of a workload.
+
+    Attributes:
+        name: Of the way that the update goes.
+        optimizer: What makes the steps.
+        params: What they are made on.
+        named: Whether it is an optimizer that was named with ``--against``.
+    """
 
     name: str
     optimizer: torch.optim.Optimizer
     params: list[Parameter]
+    named: bool = False
 
     @property
     def ours(self) -> bool:
-        """Whether it is flatstep's."""
-        return isinstance(self.optimizer, Optimizer)
+        """Whether it is flatstep's, and not named."""
+        return isinstance(self.optimizer, Optimizer) and not self.named
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether it is one of torch's paths."""
+        return not (self.ours or self.named)
 
     def states(self) -> dict[str, list[torch.Tensor]]:
         """The tensors of each state but the count of steps, parameter by parameter."""
+        if self.named:
+            return {}  # whatever they are, they are not known
         names = [name for name in self.optimizer.state.get(self.params[0], {}) if name != "step"]
         return {name: [self.optimizer.state[p][name] for p in self.params] for name in names}
 
     def pages(self, traffic: Traffic) -> Pages | None:
         """The pages that its memory lies on, where the limit depends on them."""
         grads = [param.grad for param in self.params if param.grad is not None]
-        states = [state for tensors in self.states().values() for state in tensors]
+        kept = getattr(self.optimizer, "state", None)
+        states = [
+            tensor
+            for state in (kept.values() if isinstance(kept, Mapping) else [])
+            for tensor in (state.values() if isinstance(state, Mapping) else [])
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        ]
         return traffic.pages([*self.params, *grads], states)
 
     def drop_states(self) -> None:
@@ -105,6 +151,45 @@ class Implementation:
             self.optimizer.state[param].update(shared)
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """What is raced beside flatstep.
+
+    Attributes:
+        slow_paths: Whether torch's for-loop and foreach are, where it has a fused path.
+        named: Optimizers that were named with ``--against``.
+    """
+
+    slow_paths: bool = True
+    named: tuple[Subject, ...] = ()
+
+    def following(self, optimizer: str) -> list[Subject]:
+        """The named ones that follow an optimizer's rule."""
+        return [subject for subject in self.named if subject.rule == optimizer]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An implementation before it is built.
+
+    Attributes:
+        name: Of the implementation.
+        params: Gives what its steps are made on.
+        build: Makes the optimizer.
+        subject: What was named with ``--against``, if it was.
+    """
+
+    name: str
+    params: Callable[[], list[Parameter]]
+    build: Callable[[list[Parameter]], torch.optim.Optimizer]
+    subject: Subject | None = None
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether it is one of torch's paths."""
+        return self.name in TORCH_PATHS
+
+
 class Tensors:
     """The parameters and gradients of a workload: some as tensors, some in a flat buffer."""
 
@@ -122,17 +207,34 @@ class Tensors:
                 flat.copy_(param)
                 flat.grad.copy_(param.grad)
 
-    def implementations(self, name: str, paths: Iterable[str]) -> list[Implementation]:
-        """The two of flatstep and the given paths of torch, all without state."""
-        cls, options = optimizer_named(name), OPTIONS.get(name, {})
+    def entrants(self, name: str, rivals: Rivals) -> list[Entrant]:
+        """The two of flatstep, the paths of torch, and those optimizers that follow the rule."""
+        ours = functools.partial(optimizer_named(name), **OPTIONS.get(name, {}))
         return [
-            Implementation("flatstep flat", cls(self.flat, **options), self.flat),
-            Implementation("flatstep", cls(self.separate, **options), self.separate),
+            Entrant("flatstep flat", lambda: self.flat, ours),
+            Entrant("flatstep", lambda: self.separate, ours),
             *(
-                Implementation(path, build_torch(path, name, self.separate), self.separate)
-                for path in paths
+                Entrant(path, lambda: self.separate, functools.partial(build_torch, path, name))
+                for path in torch_paths(name, slow=rivals.slow_paths)
+            ),
+            *(
+                Entrant(
+                    subject.label,
+                    self.apart,
+                    functools.partial(build_named, subject, name),
+                    subject,
+                )
+                for subject in rivals.following(name)
             ),
         ]
+
+    def apart(self) -> list[Parameter]:
+        """A copy for an optimizer that nobody knows: what it breaks, nobody else has."""
+        params = [Parameter(param.detach().clone()) for param in self.separate]
+        for param, other in zip(params, self.separate, strict=True):
+            assert other.grad is not None
+            param.grad = other.grad.clone()
+        return params
 
 
 def parameter(shape: Shape, dtype: torch.dtype, where: torch.device) -> Parameter:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -17,6 +18,9 @@ LEAST_TURNS = 3  # of the slowest call in them
 PATIENCE = 5.0  # seconds over time before a race is broken off all the same
 MOST_ROUNDS = 60
 
+
+# Whatever an optimizer raises, also one that ends the process; but not an interrupt.
+FAILURES = (Exception, SystemExit)
 
 # Runs a call several times and says how many seconds one took.
 Stopwatch = Callable[[Callable[[], object], int], float]
@@ -44,6 +48,13 @@ def on_the_gpu(call: Callable[[], object], repeats: int) -> float:
     end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
     return milliseconds / 1e3 / repeats
+
+
+def failure(error: BaseException) -> str:
+    """What a failure is called in a report."""
+    if isinstance(error, RuntimeError) and str(error):
+        return f"failed: {error}"
+    return f"failed: {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,11 @@ class Timing:
 class Race:
     """Calls that take turns, in another order each round.
 
-    A call that takes several times as long as the shortest sits out some rounds.
+    A call that takes several times as long as the shortest sits out some rounds. One that raises
+    drops out.
+
+    Attributes:
+        failures: What those raised that have dropped out.
     """
 
     def __init__(
@@ -84,6 +99,7 @@ class Race:
         self.calls = calls
         self.stopwatch = stopwatch
         self.samples: dict[str, list[float]] = {name: [] for name in calls}
+        self.failures: dict[str, str] = {}
 
     def run(
         self, seconds: float, rounds: int | None, on_progress: Callable[[float], object]
@@ -102,8 +118,11 @@ class Race:
         repeats: dict[str, int] = {}
         costs: dict[str, float] = {}
         for name, call in self.calls.items():
-            repeats[name], costs[name] = _calibrate(call, self.stopwatch)
-        strides = dict.fromkeys(self.calls, 1)
+            with self._guard(name):
+                repeats[name], costs[name] = _calibrate(call, self.stopwatch)
+        strides = dict.fromkeys(costs, 1)
+        if not costs:
+            return
         patience = float("inf")
         if rounds is None:
             patience = PATIENCE
@@ -119,9 +138,11 @@ class Race:
         gc.disable()
         try:
             for turn in range(rounds):
-                due = [name for name in self.calls if turn % strides[name] == 0]
+                running = [name for name in costs if name not in self.failures]
+                due = [name for name in running if turn % strides[name] == 0]
                 for name in shuffled.sample(due, len(due)):
-                    self.samples[name].append(self.stopwatch(self.calls[name], repeats[name]))
+                    with self._guard(name):
+                        self.samples[name].append(self.stopwatch(self.calls[name], repeats[name]))
                 on_progress((turn + 1) / rounds)
                 if perf_counter() > until + patience:
                     break
@@ -129,9 +150,20 @@ class Race:
             if collects:
                 gc.enable()
 
+    @contextmanager
+    def _guard(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            self.failures[name] = failure(error)
+
     def timings(self) -> dict[str, Timing]:
-        """The timing of each call that has had a turn."""
-        return {name: Timing.of(samples) for name, samples in self.samples.items() if samples}
+        """The timing of each call that has had a turn, and has not dropped out."""
+        return {
+            name: Timing.of(samples)
+            for name, samples in self.samples.items()
+            if samples and name not in self.failures
+        }
 
 
 def _calibrate(call: Callable[[], object], stopwatch: Stopwatch) -> tuple[int, float]:

@@ -21,12 +21,13 @@ from flatstep.profiling import memory
 from flatstep.profiling.case import fill_in, limit_name
 from flatstep.profiling.check import STEPS, Sample, close
 from flatstep.profiling.limit import Mix, Moved, Pages, Streams
-from flatstep.profiling.measure import Race, on_the_host
+from flatstep.profiling.measure import FAILURES, Race, failure, on_the_host
 from flatstep.profiling.results import Limit, Pass, Result
 from flatstep.profiling.workloads import Workload, workload_named
 from flatstep.profiling.works import (
     LOSS_SCALE,
     TENSORS,
+    TORCH,
     WORKS,
     Arrays,
     Contender,
@@ -34,9 +35,11 @@ from flatstep.profiling.works import (
     contenders,
     gradient,
     max_norm,
+    named_contender,
     total_norm,
     work_named,
 )
+from flatstep.subjects import Subject
 
 WORKLOAD_BY_DEFAULT = "resnet50"  # whose passes take a fifth of the time of GPT-2's
 ALL = "all"
@@ -70,18 +73,23 @@ class PassTask:
             bytes_moved=round(_size(self.work).moved * self.workload.parameters),
         )
 
-    def refusal(self) -> str | None:
-        """Why it cannot be measured and what would help, or None where it can."""
+    def refusal(self, named: int = 0) -> str | None:
+        """Why it cannot be measured and what would help, or None where it can.
+
+        Args:
+            named: How many named optimizers are raced, too.
+        """
         if self.work.grad_dtype != self.work.dtype and not hasattr(torch.Tensor, "grad_dtype"):
             return (
                 f"torch {torch.__version__} has no Tensor.grad_dtype, which gives a parameter a "
                 "gradient of another dtype: install a newer torch"
             )
-        needed = _size(self.work).needed * self.workload.parameters
+        each = _size(self.work).needed + named * _size(self.work).named
+        needed = each * self.workload.parameters
         available = memory.bytes_available()
         if available is None or needed <= available:
             return None
-        most = available / _size(self.work).needed
+        most = available / each
         return (
             f"needs {needed / 1e9:.3g} GB of memory, and {available / 1e9:.3g} GB are available; "
             f"what fits: --workload of up to {most / 1e6:.3g} M parameters with --pass "
@@ -90,13 +98,14 @@ class PassTask:
 
 
 def plan_passes(
-    names: Sequence[str] | None = None, workloads: Sequence[str] | None = None
+    names: Sequence[str] | None = None, workloads: Sequence[str | Workload] | None = None
 ) -> list[PassTask]:
     """The passes to measure, workload by workload.
 
     Args:
         names: Names in :data:`~flatstep.profiling.works.WORKS`; None, or "all" in it, for all.
-        workloads: Names in :data:`~flatstep.profiling.WORKLOADS`; None for ResNet-50's.
+        workloads: Names in :data:`~flatstep.profiling.WORKLOADS`, or workloads; None for
+            ResNet-50's.
 
     Raises:
         ValueError: An unknown name, with those that there are.
@@ -131,6 +140,7 @@ def measure(
     result: Pass,
     work: Work,
     stage: Stage,
+    named: Sequence[Subject],
     until: float,
     rounds: int | None,
     on_progress: Callable[[float], object],
@@ -141,6 +151,7 @@ def measure(
         result: The pass, with neither.
         work: What it does.
         stage: What it shares with others.
+        named: Optimizers to take the place of torch's, too.
         until: When it should end, by time.perf_counter.
         rounds: How many rounds to run, in place of those that fit into the time.
         on_progress: Called with the share that is done.
@@ -151,23 +162,30 @@ def measure(
     for way in ways:
         if not work.only_norm:
             way.adopt(stage.states.get(way.kind, []))
+    entrants: list[Contender | Subject] = [*ways, *([] if work.only_norm else named)]
     right: list[Contender] = []
     wanted: Outcome | None = None
-    for place, way in enumerate(ways):
-        found = Result(way.name)
+    for place, entrant in enumerate(entrants):
+        found = Result(entrant.label if isinstance(entrant, Subject) else entrant.name)
         result.results.append(found)
         try:
+            if isinstance(entrant, Subject):
+                way = named_contender(work, arrays, entrant)
+            else:
+                way = entrant
             outcome = _run(way, work, stage)
-        except (RuntimeError, TypeError, ValueError) as error:
-            found.problem = f"failed: {error}"
+        except FAILURES as error:
+            found.problem = failure(error)
             continue
         if way.ours:
             found.problem = _problem(way, work, stage, outcome, wanted)
+        elif way.named:
+            found.problem = _problem_of_named(work, stage, outcome, wanted)
         else:
             wanted = outcome
         if found.problem is None:
             right.append(way)
-        on_progress(CHECKS * (place + 1) / len(ways))
+        on_progress(CHECKS * (place + 1) / len(entrants))
     for way in right:
         arrays.reset(way.params)
         if way.scaler is not None:
@@ -178,12 +196,14 @@ def measure(
     pages = {way.name: way.pages(streams) for way in right}
     limits: dict[Pages, str] = {}
     calls: dict[str, Callable[[], object]] = {}
+    parts = {part: call for way in right for part, call in way.parts.items()}
     for way in right:
         kind = pages[way.name]
         if way.ours and kind not in limits:
             limits[kind] = limit_name(kind)
             calls[limits[kind]] = streams.walks(way.walks(work), kind)
-    race = Race({**calls, **{way.name: way.call for way in right}}, on_the_host)
+    calls |= {way.name: way.call for way in right}
+    race = Race({**calls, **parts}, on_the_host)
     try:
         if right:
             race.run(
@@ -198,8 +218,10 @@ def measure(
                 rate = result.rate(timing)
                 result.limits.append(Limit(str(kind), streams.granted(kind), timing, rate))
         for found in result.results:
+            found.problem = race.failures.get(found.implementation, found.problem)
             if timing := timings.get(found.implementation):
                 fill_in(found, result, timing, pages[found.implementation])
+        result.parts += [Result(part, timing=timings[part]) for part in parts if part in timings]
         result.compare()
         for way in ways:
             if states := way.rule_states():
@@ -219,11 +241,13 @@ class _Size:
     Attributes:
         moved: What flatstep reads and writes.
         needed: What a pass takes at once at most.
+        named: What each named optimizer takes beside it.
         walks: The same, walk by walk.
     """
 
     moved: float
     needed: float
+    named: float
     walks: tuple[Moved, ...]
 
 
@@ -232,24 +256,27 @@ def _size(work: Work) -> _Size:
     """The sizes of a pass, counted from the arrays of a small one."""
     chance = torch.random.get_rng_state()
     if work.grad_dtype != work.dtype and not hasattr(torch.Tensor, "grad_dtype"):
-        return _Size(0, 0, ())
+        return _Size(0, 0, 0, ())
     arrays = Arrays([(PROBE,)], work.dtype, work.grad_dtype)
     ways = contenders(work, arrays)
     for way in ways:
         way.call()
     torch.random.set_rng_state(chance)
     ours = next(way for way in ways if way.name == TENSORS)
+    torchs = next(way for way in ways if way.name == TORCH)
     walks = ours.walks(work)
     mixes = [Mix.of(walk) for walk in walks]
     # On two kinds of pages: parameters and gradients are on both, states on one.
     limit = max(mix.size * (2 * (mix.params + mix.grads) + mix.states) for mix in mixes)
     tensors = 3 * (work.dtype.itemsize + work.grad_dtype.itemsize)  # apart, flat, to begin with
     tensors += work.dtype.itemsize if work.wide == "masters" else 0  # torch's own
+    own = work.dtype.itemsize * (2 if work.wide == "masters" else 1) + work.grad_dtype.itemsize
     # Random bits, and what they are added to.
     temporaries = 8 if work.by_chance else 0
     return _Size(
         moved=sum(map(sum, walks)) / PROBE,
         needed=tensors + (sum(way.nbytes() for way in ways) + limit) / PROBE + temporaries,
+        named=own + torchs.nbytes() / PROBE,
         walks=tuple(Moved(*(share / PROBE for share in walk)) for walk in walks),
     )
 
@@ -272,11 +299,11 @@ def _run(way: Contender, work: Work, stage: Stage) -> Outcome:
     states = {name: sample.of(tensors) for name, tensors in way.states().items()}
     params = sample.of(way.params)
     outcome = {"parameters": params, **states}
-    if work.writes_gradients or isinstance(way.optimizer, Optimizer):
+    if work.writes_gradients or way.ours:
         outcome["gradients"] = sample.of([gradient(param) for param in way.params])
     if work.wide == "masters":
         outcome["weights"] = sample.of(way.wide) if way.wide else _weights(params, states)
-    if isinstance(way.optimizer, Optimizer) and way.optimizer.grad_norm is not None:
+    if way.ours and isinstance(way.optimizer, Optimizer) and way.optimizer.grad_norm is not None:
         outcome["norm"] = way.optimizer.grad_norm
     return outcome
 
@@ -285,6 +312,19 @@ def _weights(params: Tensor, states: Outcome) -> Tensor:
     if extras.MASTER_LOW in states:
         return join(params, states[extras.MASTER_LOW])
     return states[extras.MASTER]
+
+
+def _problem_of_named(
+    work: Work, stage: Stage, found: Outcome, torchs: Outcome | None
+) -> str | None:
+    """What is wrong with the parameters after a named optimizer's steps, or None."""
+    if torchs is None:
+        return "not checked: torch's own calls failed"
+    wanted = torchs["parameters"]
+    change = wanted.double() - stage.sample.of(stage.arrays.params).double()
+    if not close(found["parameters"], wanted, change):
+        return f"wrong result: parameters unlike those of {work.calls}"
+    return None
 
 
 def _problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,9 +27,11 @@ COLORS = {
     "torch foreach": "#b7a99a",
     "torch for-loop": "#d5ccc3",
 }
+NAMED = "#38761d"  # with --against
 LIGHT = ("torch foreach", "torch for-loop")
 INK, FAINT, RULE, ALARM = "#222222", "#777777", "#cccccc", "#c00000"
 SMALL = 7.5  # points
+LABEL = 22  # letters
 RIGHT = 108  # per cent
 BAR, PANEL_WIDTH = 0.21, 2.9  # inches
 
@@ -43,15 +46,16 @@ def draw(report: Report, path: Path) -> None:
     cases = report.measured
     rows = list(dict.fromkeys(case.workload for case in cases))
     columns = list(dict.fromkeys((case.optimizer, case.dtype) for case in cases))
-    names = [name for name in COLORS if any(case.result(name) for case in cases)]
+    found = {result.implementation for case in cases for result in case.results}
+    names = [name for name in COLORS if name in found] + sorted(found - COLORS.keys())
     width = max(1.3 + PANEL_WIDTH * len(columns), 7.5)
     height = 1.1 + BAR * (len(names) + 2.6) * len(rows)
     figure = Figure(figsize=(width, height), dpi=150)
     panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
-    found = {(case.workload, case.optimizer, case.dtype): case for case in cases}
+    by_place = {(case.workload, case.optimizer, case.dtype): case for case in cases}
     for row, workload in enumerate(rows):
         for column, (optimizer, dtype) in enumerate(columns):
-            case = found.get((workload, optimizer, dtype))
+            case = by_place.get((workload, optimizer, dtype))
             if case is None:
                 panels[row, column].set_axis_off()
             else:
@@ -77,12 +81,13 @@ def _draw_case(axes: Axes, case: Case, names: list[str]) -> None:
     for place, name in enumerate(names):
         result = case.result(name)
         if result is None:
-            _note(axes, 1, place, "not in torch", FAINT)
+            absent = "not in torch" if name in COLORS else "follows another rule"
+            _note(axes, 1, place, absent, FAINT)
         elif result.timing is None:
             _note(axes, 1, place, short_problem(result.problem), ALARM)
         else:
             share = min(100 * limit.timing.median / result.timing.median, RIGHT)
-            axes.barh(place, share, height=0.78, color=COLORS[name])
+            axes.barh(place, share, height=0.78, color=COLORS.get(name, NAMED))
             time = format_time(result.timing.median)
             if share > 50:
                 _note(axes, share - 1.5, place, time, INK if name in LIGHT else "white", "right")
@@ -90,7 +95,7 @@ def _draw_case(axes: Axes, case: Case, names: list[str]) -> None:
                 _note(axes, share + 1.5, place, time, INK)
     axes.axvline(100, color=INK, linewidth=1)
     axes.set_title(f"{case.title} × {case.optimizer}, {case.dtype}", loc="left", fontsize=9)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), [fill(name, LABEL) for name in names], fontsize=8)
     axes.set_xlim(0, RIGHT)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_formatter("{x:.0f} %")

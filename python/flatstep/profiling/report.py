@@ -9,23 +9,35 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from flatstep.profiling.results import Case, Pass, Report, Training
+from flatstep.profiling.results import Case, Overhead, Pass, Report, Sweep, Training
+from flatstep.profiling.sweeps import LIMIT
 from flatstep.profiling.text import (
+    BUCKET_TITLE,
+    OVERHEAD_COLUMNS,
     PASS_COLUMNS,
     advice,
+    bucket_refusals,
+    bucket_rows,
     case_rows,
     case_title,
     left_out,
+    legend,
     machine_line,
     millions,
     ms,
+    overhead_rows,
+    overhead_title,
     pass_refusals,
     pass_rows,
     pass_title,
     percent,
+    problem_lines,
     ratio,
     short_problem,
     spread,
+    sweep_refusals,
+    sweep_rows,
+    sweep_title,
 )
 
 __all__ = [
@@ -34,6 +46,7 @@ __all__ = [
     "pass_table",
     "print_end",
     "summary_table",
+    "sweep_table",
     "training_table",
 ]
 
@@ -59,7 +72,51 @@ def case_table(case: Case) -> RenderableType:
             row[place] = f"[{PROBLEM}]{row[place]}"
         row[columns.index("÷ torch")] = _ratio(result.to_torch, result.ours)
         table.add_row(*row, style=OURS if result.ours else "")
-    return Group(title, table)
+    if not case.buckets:
+        return Group(title, table)
+    what, size = BUCKET_TITLE
+    return Group(
+        title,
+        table,
+        Text.assemble("\n", (what, "bold"), f"   {size}"),
+        _grid_table(*bucket_rows(case)),
+        *_notes(legend(case.buckets)),
+        *_problems(bucket_refusals(case)),
+    )
+
+
+def sweep_table(sweep: Sweep, found: Sequence[Overhead]) -> RenderableType:
+    """A sweep, and what a step and a tensor cost by it."""
+    what, size = sweep_title(sweep)
+    title = Text.assemble((what, "bold"), f"   {size}")
+    parts: list[RenderableType] = [
+        title,
+        _grid_table(*sweep_rows(sweep)),
+        *_notes(legend(sweep.points)),
+        *_problems(sweep_refusals(sweep)),
+    ]
+    if found:
+        what, size = overhead_title(found)
+        table = _table(*OVERHEAD_COLUMNS)
+        for row, overhead in zip(overhead_rows(found), found, strict=True):
+            table.add_row(*row, style=MACHINE if overhead.implementation == LIMIT else "")
+        parts += [Text(), Text.assemble((what, "bold"), f"   {size}"), table]
+    return Group(*parts)
+
+
+def _grid_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _notes(lines: Sequence[str]) -> list[Text]:
+    return [Text(f" {line}", style="dim") for line in lines]
+
+
+def _problems(lines: Sequence[str]) -> list[Text]:
+    return [Text(f"  {line}", style=PROBLEM) for line in lines]
 
 
 def pass_table(passes: Sequence[Pass]) -> RenderableType:
@@ -69,8 +126,7 @@ def pass_table(passes: Sequence[Pass]) -> RenderableType:
     table = _table(*PASS_COLUMNS)
     for row in pass_rows(passes):
         table.add_row(*row)
-    refusals = [Text(f"  {line}", style=PROBLEM) for line in pass_refusals(passes)]
-    return Group(title, table, *refusals)
+    return Group(title, table, *_problems(pass_refusals(passes)))
 
 
 def training_table(measured: Training) -> RenderableType:
@@ -80,14 +136,14 @@ def training_table(measured: Training) -> RenderableType:
         f"   {measured.model}, {millions(measured.parameters)} parameters, {measured.optimizer}, "
         "float32; ms",
     )
-    table = _table("", "backward", "step", "zero_grad", "together", "spread", "÷ torch")
+    table = _table("", "forward", "backward", "step", "zero_grad", "together", "spread", "÷ torch")
     for result in measured.results:
         style = OURS if result.ours else ""
         if result.total is None:
             problem = f"[{PROBLEM}]{short_problem(result.problem)}"
-            table.add_row(result.way, "", "", "", problem, "", "", style=style)
+            table.add_row(result.way, "", "", "", "", problem, "", "", style=style)
             continue
-        phases = [result.backward, result.step, result.zero_grad, result.total]
+        phases = [result.forward, result.backward, result.step, result.zero_grad, result.total]
         table.add_row(
             result.way,
             *(ms(timing.median if timing else None) for timing in phases),
@@ -119,12 +175,15 @@ def print_end(console: Console, report: Report) -> None:
     """Prints the summary, what went wrong and what to do next."""
     if len(report.measured) > 1:
         console.print(summary_table(report))
-    for place, problem in report.problems.items():
-        console.print(f"[{PROBLEM}]{escape(place)}: {escape(problem)}")
+    for line in problem_lines(report):
+        console.print(f"[{PROBLEM}]{escape(line)}")
     for warning in report.warnings:
         console.print(f"[{SLOWER}]warning: {escape(warning)}")
     if report.interrupted:
-        console.print(f"[{SLOWER}]interrupted: this is what was measured so far")
+        console.print(
+            f"[{SLOWER}]interrupted: this is what was measured so far; "
+            "--workload, --optimizer and --sweep choose what is left"
+        )
     for line in left_out(report):
         console.print(escape(line), style="dim")
     for line in advice(report):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from flatstep.profiling.measure import Timing
 
 INTERRUPTED = 130  # an exit code
+LEAVES: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), str: (str,)}
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Result:
         gb_per_s: The bytes that the rule counts, read and written, in 1e9 a second.
         of_limit: The limit's time on the same kind of pages, divided by this one's.
         to_torch: This time divided by that of torch's fastest path with a right result.
-        most_bytes: Bytes of a GPU that the first steps took at most: states and temporaries.
+        most_bytes: Bytes that the first steps took at most, beyond parameters and gradients: states
+            and temporaries. None where they cannot be told.
     """
 
     implementation: str
@@ -57,8 +60,13 @@ class Result:
 
     @property
     def ours(self) -> bool:
-        """Whether it is flatstep's."""
-        return self.implementation.startswith("flatstep")
+        """Whether it is flatstep's, and not an optimizer that was named with ``--against``."""
+        return self.implementation.partition(" ")[0] == "flatstep"
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether it is one of torch's paths, and not an optimizer that was named."""
+        return self.implementation.partition(" ")[0] == "torch"
 
 
 @dataclass(kw_only=True)
@@ -79,6 +87,22 @@ class Measured:
     limits: list[Limit] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
 
+    @property
+    def bytes_per_parameter(self) -> float:
+        """What flatstep reads and writes for each parameter."""
+        return self.bytes_moved / self.parameters
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether there is at least one time."""
+        return any(result.timing is not None for result in self.results)
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there is a time, a refusal or a problem."""
+        problems = any(result.problem is not None for result in self.results)
+        return self.is_timed or self.refused is not None or problems
+
     def rate(self, timing: Timing) -> float:
         """The bytes moved, in 1e9 a second."""
         return self.bytes_moved / timing.median / 1e9
@@ -89,7 +113,7 @@ class Measured:
 
     def torch_best(self) -> Result | None:
         """The fastest path of torch with a right result."""
-        timed = [r for r in self.results if not r.ours and r.timing is not None]
+        timed = [r for r in self.results if r.of_torch and r.timing is not None]
         return min(timed, key=lambda r: r.timing.median if r.timing else 0.0, default=None)
 
     def best_limit(self) -> Limit | None:
@@ -105,6 +129,75 @@ class Measured:
 
 
 @dataclass(kw_only=True)
+class Bucket(Measured):
+    """An optimizer over only those tensors of a workload whose sizes are of one power of ten.
+
+    They lie in memory of their own, as if a model had no others.
+
+    Attributes:
+        smallest: Elements of the smallest tensor.
+        largest: Elements of the largest tensor.
+        tensors: How many there are.
+    """
+
+    smallest: int
+    largest: int
+    tensors: int
+
+
+@dataclass(kw_only=True)
+class Point(Measured):
+    """One place of a sweep.
+
+    Attributes:
+        x: How many parameters, threads or tensors there are.
+    """
+
+    x: int
+
+
+@dataclass
+class Sweep:
+    """The same update at growing sizes, threads or numbers of tensors.
+
+    Attributes:
+        axis: What grows: "parameters", "threads" or "tensors".
+        title: What is measured, in words.
+        optimizer: The optimizer's name.
+        dtype: Of parameters, gradients and states.
+        points: In growing order.
+    """
+
+    axis: str
+    title: str
+    optimizer: str
+    dtype: str
+    points: list[Point] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"sweep of {self.axis}, {self.optimizer}, {self.dtype}"
+
+
+@dataclass
+class Overhead:
+    """What a step and a tensor cost, from a line through the times of a sweep of tensors.
+
+    Attributes:
+        implementation: Whose, such as "flatstep", or "limit".
+        optimizer: The optimizer's name.
+        per_step: Seconds that a step costs however many tensors there are: the intercept.
+        per_tensor: Seconds that each tensor adds, with its few elements: the slope.
+        spread: How far the times lie from the line, as a share of them: a root of mean squares.
+    """
+
+    implementation: str
+    optimizer: str
+    per_step: float
+    per_tensor: float
+    spread: float
+
+
+@dataclass(kw_only=True)
 class Case(Measured):
     """One workload under one optimizer.
 
@@ -115,6 +208,7 @@ class Case(Measured):
         dtype: Of parameters, gradients and states.
         tensors: How many there are.
         states: How many states the rule keeps for each parameter.
+        buckets: The same over the tensors of each size alone, where that was asked for.
     """
 
     workload: str
@@ -123,6 +217,7 @@ class Case(Measured):
     dtype: str
     tensors: int
     states: int
+    buckets: list[Bucket] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.workload} × {self.optimizer}, {self.dtype}"
@@ -137,20 +232,17 @@ class Pass(Measured):
         title: What is done, in words.
         calls: torch's calls, in words.
         workload: The workload's name.
+        parts: torch's calls, each alone, where that is measured; "implementation" names the call.
     """
 
     name: str
     title: str
     calls: str
     workload: str
+    parts: list[Result] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.workload}, pass {self.name}"
-
-    @property
-    def bytes_per_parameter(self) -> float:
-        """What flatstep reads and writes for each parameter."""
-        return self.bytes_moved / self.parameters
 
 
 @dataclass
@@ -165,6 +257,7 @@ class TrainingResult:
         zero_grad: Seconds of clearing the gradients.
         total: Seconds of the three together.
         to_torch: The total divided by torch's.
+        forward: Seconds of the forward pass, which is not part of the total.
     """
 
     way: str
@@ -174,6 +267,7 @@ class TrainingResult:
     zero_grad: Timing | None = None
     total: Timing | None = None
     to_torch: float | None = None
+    forward: Timing | None = None
 
     @property
     def ours(self) -> bool:
@@ -229,6 +323,8 @@ class Report:
         cases: In the order in which they were measured.
         passes: The options of a step, beside the torch calls that they replace.
         training: The whole step, where it was measured.
+        sweeps: The same update at growing sizes, threads or numbers of tensors.
+        overheads: What a step and a tensor cost, from the sweeps of tensors.
         left_out: What is measured on another device only, and why.
         warnings: What makes the figures doubtful.
         seconds: How long it took.
@@ -239,6 +335,8 @@ class Report:
     cases: list[Case] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
     training: Training | None = None
+    sweeps: list[Sweep] = field(default_factory=list)
+    overheads: list[Overhead] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -247,20 +345,43 @@ class Report:
     @property
     def measured(self) -> list[Case]:
         """The cases that have at least one time."""
-        return [c for c in self.cases if any(r.timing is not None for r in c.results)]
+        return [case for case in self.cases if case.is_timed]
 
     @property
     def measured_passes(self) -> list[Pass]:
         """The passes that have at least one time."""
-        return [p for p in self.passes if any(r.timing is not None for r in p.results)]
+        return [each for each in self.passes if each.is_timed]
+
+    @property
+    def measured_sweeps(self) -> list[Sweep]:
+        """The sweeps that have at least one time."""
+        return [sweep for sweep in self.sweeps if any(point.is_timed for point in sweep.points)]
+
+    def overheads_of(self, sweep: Sweep) -> list[Overhead]:
+        """What a step and a tensor cost by a sweep; only one of tensors tells."""
+        if sweep.axis != "tensors":
+            return []
+        return [overhead for overhead in self.overheads if overhead.optimizer == sweep.optimizer]
+
+    def races(self) -> Iterator[tuple[str, Measured]]:
+        """Everything that was raced, and what it is called."""
+        for case in self.cases:
+            yield str(case), case
+            for bucket in case.buckets:
+                yield f"{case}, tensors of {bucket.smallest:,} to {bucket.largest:,}", bucket
+        for each in self.passes:
+            yield str(each), each
+        for sweep in self.sweeps:
+            for point in sweep.points:
+                yield f"{sweep}, {point.x:,}", point
 
     @property
     def problems(self) -> dict[str, str]:
-        """What went wrong, by where: each with why there is no time."""
+        """What went wrong, by where and whose: each with why there is no time."""
         found = {
-            f"{case}, {result.implementation}": result.problem
-            for case in (*self.cases, *self.passes)
-            for result in case.results
+            f"{name}, {result.implementation}": result.problem
+            for name, measured in self.races()
+            for result in measured.results
             if result.problem is not None
         }
         for result in self.training.results if self.training else []:
@@ -271,7 +392,7 @@ class Report:
     @property
     def failed(self) -> bool:
         """Whether something of flatstep's went wrong."""
-        ours = [r.problem for c in (*self.cases, *self.passes) for r in c.results if r.ours]
+        ours = [r.problem for _, measured in self.races() for r in measured.results if r.ours]
         ours += [r.problem for r in (self.training.results if self.training else []) if r.ours]
         return any(problem is not None for problem in ours)
 
@@ -282,7 +403,8 @@ class Report:
             return 1
         if self.interrupted:
             return INTERRUPTED
-        return 0 if self.measured or self.measured_passes or self.training else 2
+        figures = self.measured or self.measured_passes or self.measured_sweeps or self.training
+        return 0 if figures else 2
 
     def as_dict(self) -> dict[str, Any]:
         """The report in dictionaries, lists, strings and numbers."""
@@ -313,4 +435,6 @@ def _restored(kind: Any, value: Any) -> Any:
         return [_restored(arguments[0], item) for item in value]
     if arguments and value is not None:
         return _restored(arguments[0], value)
+    if kind in LEAVES and not isinstance(value, LEAVES[kind]):
+        raise TypeError(f"{value!r} stands where a {kind.__name__} should")
     return value

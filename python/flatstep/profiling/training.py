@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,12 @@ from torch.nn import functional
 
 import flatstep
 from flatstep.profiling.check import close
-from flatstep.profiling.measure import Timing
+from flatstep.profiling.implementations import build_named
+from flatstep.profiling.measure import FAILURES, Timing, failure
 from flatstep.profiling.results import Training, TrainingResult
+from flatstep.subjects import Subject
 
+OPTIMIZER = "adam"
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 40
 TORCH = "torch fused"
@@ -73,16 +78,26 @@ class SmallGPT(nn.Module):
         return functional.cross_entropy(scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
+class Phases(NamedTuple):
+    """Seconds of the phases of one iteration."""
+
+    forward: float
+    backward: float
+    step: float
+    zero_grad: float
+
+
 class Way:
     """A copy of the model with an optimizer, and the seconds of its phases."""
 
     def __init__(self, model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer]):
         self.model = copy.deepcopy(model)
         self.optimizer = build(self.model)
-        self.phases: list[tuple[float, float, float]] = []
+        self.phases: list[Phases] = []
 
     def iterate(self, tokens: Tensor) -> None:
-        """One iteration; the forward pass is not timed."""
+        """One iteration."""
+        begin = perf_counter()
         loss = self.model(tokens)
         start = perf_counter()
         loss.backward()
@@ -91,7 +106,11 @@ class Way:
         after_step = perf_counter()
         self.optimizer.zero_grad()
         end = perf_counter()
-        self.phases.append((after_backward - start, after_step - after_backward, end - after_step))
+        self.phases.append(
+            Phases(
+                start - begin, after_backward - start, after_step - after_backward, end - after_step
+            )
+        )
 
 
 def _ours(**flat: bool) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -112,19 +131,20 @@ WAYS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-def bytes_needed(model: nn.Module) -> int:
-    """What the race takes: parameters, gradients and two states for each way."""
-    return 4 * len(WAYS) * sum(p.nbytes for p in model.parameters())
+def bytes_needed(model: nn.Module, named: int = 0) -> int:
+    """What the race takes: parameters, gradients and two states for each way, named ones too."""
+    return 4 * (len(WAYS) + named) * sum(p.nbytes for p in model.parameters())
 
 
 def new(model: nn.Module) -> Training:
     """The results for a model, before they are measured."""
-    return Training(type(model).__name__, sum(p.numel() for p in model.parameters()), "adam")
+    return Training(type(model).__name__, sum(p.numel() for p in model.parameters()), OPTIMIZER)
 
 
 def measure(
     training: Training,
     model: SmallGPT,
+    named: Sequence[Subject],
     until: float,
     rounds: int | None,
     on_progress: Callable[[float], object],
@@ -136,39 +156,62 @@ def measure(
     Args:
         training: Where the results go.
         model: What to train.
+        named: Optimizers to train it with, too.
         until: When it should end, by time.perf_counter.
         rounds: How many rounds to run, in place of those that fit into the time.
         on_progress: Called with the share that is done.
     """
     start = perf_counter()
     tokens = torch.randint(model.vocabulary, (1, model.length), generator=torch.Generator())
-    ways = {name: Way(model, build) for name, build in WAYS.items()}
-    for way in ways.values():
-        way.iterate(tokens)
-    problems = {name: _problem(way, ways[TORCH], model) for name, way in ways.items()}
-    for way in ways.values():
-        way.iterate(tokens)
+    builds = {**WAYS, **{subject.label: _named(subject) for subject in named}}
+    ways: dict[str, Way] = {}
+    problems: dict[str, str | None] = dict.fromkeys(builds)
+    for name, build in builds.items():
+        with _guard(name, problems):
+            ways[name] = Way(model, build)
+            ways[name].iterate(tokens)
+    for name, way in ways.items():
+        problems[name] = problems[name] or _problem(way, ways[TORCH], model)
+    for name, way in ways.items():
+        if problems[name] is None:
+            with _guard(name, problems):
+                way.iterate(tokens)
         way.phases.clear()
-    running = [name for name, problem in problems.items() if problem is None]
     shuffled = random.Random(0)
     turn = 0
     try:
         while turn < (rounds or MOST_ROUNDS):
             if rounds is None and turn >= LEAST_ROUNDS and perf_counter() > until:
                 break
+            running = [name for name, problem in problems.items() if problem is None]
             for name in shuffled.sample(running, len(running)):
-                ways[name].iterate(tokens)
+                with _guard(name, problems):
+                    ways[name].iterate(tokens)
             turn += 1
             by_time = (perf_counter() - start) / max(until - start, 1e-9)
             on_progress(turn / rounds if rounds else min(1.0, max(by_time, turn / MOST_ROUNDS)))
     finally:
         training.results += [
-            _result(name, way.phases, problems[name]) for name, way in ways.items()
+            _result(name, ways[name].phases if name in ways else [], problem)
+            for name, problem in problems.items()
         ]
         torch_total = training.results[0].total
         for result in training.results:
             if result.total is not None and torch_total is not None:
                 result.to_torch = result.total.median / torch_total.median
+
+
+def _named(subject: Subject) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: build_named(subject, OPTIMIZER, list(model.parameters()))
+
+
+@contextmanager
+def _guard(name: str, problems: dict[str, str | None]) -> Iterator[None]:
+    """Notes what a way raises: it is not trained any further."""
+    try:
+        yield
+    except FAILURES as error:
+        problems[name] = failure(error)
 
 
 def _problem(way: Way, torch_way: Way, start: nn.Module) -> str | None:
@@ -181,11 +224,12 @@ def _problem(way: Way, torch_way: Way, start: nn.Module) -> str | None:
     return None
 
 
-def _result(
-    name: str, phases: list[tuple[float, float, float]], problem: str | None
-) -> TrainingResult:
+def _result(name: str, phases: list[Phases], problem: str | None) -> TrainingResult:
     if problem is not None or not phases:
         return TrainingResult(name, problem)
-    backward, step, zero_grad = (Timing.of(list(phase)) for phase in zip(*phases, strict=True))
-    total = Timing.of([sum(phase) for phase in phases])
-    return TrainingResult(name, None, backward, step, zero_grad, total)
+    forward, backward, step, zero_grad = (
+        Timing.of(list(each)) for each in zip(*phases, strict=True)
+    )
+    # The forward pass is everybody's, and no part of what is compared.
+    total = Timing.of([sum(phase) - phase.forward for phase in phases])
+    return TrainingResult(name, None, backward, step, zero_grad, total, forward=forward)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from flatstep._torch import DTYPES
 from flatstep.subjects import resolve
 
 Shape = tuple[int, ...]
+
+FILE_FORM = '{"name": "mine", "shapes": [[4096, 1024], [1024]]}, and "dtype" where it is wanted'
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class Workload:
         title: What it is, in words.
         shapes: Of its tensors, in the model's order.
         devices: Where it is measured unless other workloads are chosen.
+        dtype: Of its parameters, unless another one is chosen.
     """
 
     name: str
     title: str
     shapes: tuple[Shape, ...]
     devices: tuple[str, ...] = ("cpu", "cuda")
+    dtype: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -92,15 +100,34 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
-def workload_named(name: str) -> Workload:
-    """One of :data:`WORKLOADS`.
+def workload_named(name: str | Workload) -> Workload:
+    """One of :data:`WORKLOADS`; one that is there already is returned as it is.
 
     Raises:
         ValueError: For another name, with those that there are.
     """
+    if isinstance(name, Workload):
+        return name
     if name not in WORKLOADS:
         raise ValueError(f"no workload '{name}'; there are {', '.join(WORKLOADS)}")
     return WORKLOADS[name]
+
+
+def size_classes(workload: Workload) -> list[Workload]:
+    """The tensors whose sizes are of one power of ten, from small to large.
+
+    Nothing where all are of one: they would be the workload again.
+    """
+    classes: dict[int, list[Shape]] = {}
+    for shape in workload.shapes:
+        digits = len(str(math.prod(shape)))
+        classes.setdefault(digits, []).append(shape)
+    if len(classes) < 2:
+        return []
+    return [
+        Workload(f"{workload.name}, {digits} digits", workload.title, tuple(classes[digits]))
+        for digits in sorted(classes)
+    ]
 
 
 def workload_of_model(path: str) -> Workload:
@@ -126,3 +153,55 @@ def workload_of_model(path: str) -> Workload:
     if not shapes:
         raise ValueError(f"the model of {path} has no parameters that are trained")
     return Workload(path, path, shapes)
+
+
+def workload_of_file(path: Path) -> Workload:
+    """The workload of a file with shapes, which need no model to be there.
+
+    It holds ``{"name": "mine", "shapes": [[4096, 1024], [1024]]}`` and, where another one than
+    float32 is wanted, ``"dtype"``. A shape that occurs several times may stand with its count, as
+    in ``[[[4096, 1024], 24], [[1024], 48]]``; what has no parameters is left out.
+
+    Raises:
+        ValueError: The file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; it has to hold {FILE_FORM}")
+    unknown = sorted(found.keys() - {"name", "shapes", "dtype"})
+    if unknown or "shapes" not in found:
+        wrong = f"an unknown key '{unknown[0]}'" if unknown else "no 'shapes'"
+        raise ValueError(f"{path} has {wrong}; it has to hold {FILE_FORM}")
+    name, dtype = found.get("name", path.stem), found.get("dtype")
+    if not (isinstance(name, str) and name):
+        raise ValueError(f"'name' in {path} is {name!r}, not a text")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"'dtype' in {path} is {dtype!r}; there are {', '.join(DTYPES)}")
+    if not isinstance(found["shapes"], list):
+        raise ValueError(f"'shapes' in {path} is {found['shapes']!r}, not a list of shapes")
+    shapes: list[Shape] = []
+    for place, entry in enumerate(found["shapes"]):
+        shape, count = _shape_and_count(entry, f"shapes[{place}] in {path}")
+        shapes += [shape] * (count if math.prod(shape) else 0)
+    if not shapes:
+        raise ValueError(f"'shapes' in {path} has no parameters; it has to hold {FILE_FORM}")
+    return Workload(name, name, tuple(shapes), dtype=dtype)
+
+
+def _shape_and_count(entry: Any, place: str) -> tuple[Shape, int]:
+    """A shape of a file, and how often it occurs."""
+    shape, count = entry, 1
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list):
+        shape, count = entry
+    sizes = [*shape, count] if isinstance(shape, list) else [None]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(
+            f"{place} is {json.dumps(entry)}; a shape is a list of sizes such as [4096, 1024], or "
+            "[[4096, 1024], 24] where it occurs 24 times"
+        )
+    return tuple(shape), count

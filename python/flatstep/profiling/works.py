@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import flatstep
 from flatstep.optim import extras
 from flatstep.optim.base import Optimizer
-from flatstep.profiling.implementations import parameter
+from flatstep.profiling.implementations import build_named, parameter
 from flatstep.profiling.limit import Moved, Pages, Traffic
 from flatstep.profiling.workloads import Shape
+from flatstep.subjects import Subject
 
 F32, BF16 = torch.float32, torch.bfloat16
+OPTIMIZER = "adamw"
 EMA_DECAY = 0.999
 LOSS_SCALE = 4.0  # while results are checked
 
@@ -44,6 +47,7 @@ class Work:
         wide: What torch needs in float32 for its fused update: nothing, a copy of the gradients,
             master weights, or a copy of the parameters at each step.
         beside: Other options of flatstep's, to be raced too, and their name.
+        in_parts: Whether each of torch's calls is measured alone, too.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Work:
     only_norm: bool = False
     wide: Literal["nothing", "gradients", "masters", "copies"] = "nothing"
     beside: tuple[str, dict[str, Any]] | None = None
+    in_parts: bool = False
 
     @property
     def norm_type(self) -> float:
@@ -104,12 +109,19 @@ WORKS: dict[str, Work] = {
             clips=True,
             only_norm=True,
         ),
+        Work("step", "AdamW alone, f32", "AdamW(fused)"),
         Work("clip", "clip + AdamW, f32", "clip_grad_norm_, AdamW(fused)", clips=True),
         Work(
             "skip",
             "AdamW if the norm is finite, f32",
             "get_total_norm, isfinite, AdamW(fused)",
             {"skip_nonfinite": True},
+        ),
+        Work(
+            "ema",
+            "AdamW + average, f32",
+            "AdamW(fused), swa_utils' EMA",
+            {"ema_decay": EMA_DECAY},
         ),
         Work(
             "clip-ema",
@@ -137,6 +149,15 @@ WORKS: dict[str, Work] = {
             "GradScaler.step of AdamW(fused)",
             {"write_unscaled_grads": True},
             scales=True,
+        ),
+        Work(
+            "whole",
+            "GradScaler: clip + AdamW + average, f32",
+            "unscale_, clip_grad_norm_, GradScaler.step of AdamW(fused), swa_utils' EMA",
+            {"ema_decay": EMA_DECAY},
+            clips=True,
+            scales=True,
+            in_parts=True,
         ),
         Work(
             "bf16-grads",
@@ -226,6 +247,18 @@ class Arrays:
         if not only_gradients:
             torch._foreach_copy_([param.detach() for param in params], self.params)
 
+    def beside(self) -> Arrays:
+        """The same for an optimizer that nobody knows: what it breaks, nobody else has."""
+        other = copy.copy(self)
+        for name in ("apart", "wide", "wide_grads"):
+            other.__dict__.pop(name, None)
+        other.separate = [Parameter(param.clone()) for param in self.params]
+        for param, grad in zip(other.separate, self.grads, strict=True):
+            if grad.dtype != param.dtype:
+                param.grad_dtype = grad.dtype
+            param.grad = grad.clone()
+        return other
+
     @cached_property
     def apart(self) -> list[Parameter]:
         """Parameters for torch alone to write: masters of flatstep's would have to follow them."""
@@ -266,6 +299,8 @@ class Contender:
         averages: torch's averages.
         temporaries: Other memory of torch's.
         scaler: What makes the step, if not the optimizer.
+        parts: Calls that are measured alone, too.
+        named: Whether the optimizer was named with ``--against``.
     """
 
     name: str
@@ -277,15 +312,17 @@ class Contender:
     averages: list[Tensor] = field(default_factory=list)
     temporaries: list[Tensor] = field(default_factory=list)
     scaler: torch.amp.GradScaler | None = None
+    parts: dict[str, Callable[[], object]] = field(default_factory=dict)
+    named: bool = False
 
     @property
     def ours(self) -> bool:
-        """Whether it is flatstep's."""
-        return isinstance(self.optimizer, Optimizer)
+        """Whether it is flatstep's, and not named."""
+        return isinstance(self.optimizer, Optimizer) and not self.named
 
     def states(self) -> dict[str, list[Tensor]]:
         """The tensors of each state, but the count of steps, and torch's averages."""
-        state = self.optimizer.state
+        state = {} if self.named else self.optimizer.state
         names = [name for name in state.get(self.updated[0], {}) if name != "step"]
         found = {name: [state[param][name] for param in self.updated] for name in names}
         return {**found, extras.AVERAGE: self.averages} if self.averages else found
@@ -298,6 +335,8 @@ class Contender:
 
     def rule_states(self) -> list[dict[str, Tensor]]:
         """What every AdamW keeps, parameter by parameter; nothing where there is no AdamW."""
+        if self.named:
+            return []
         names = ("step", "exp_avg", "exp_avg_sq")
         states = [self.optimizer.state.get(param, {}) for param in self.updated]
         if not all(set(names) <= set(state) for state in states):
@@ -352,6 +391,12 @@ def contenders(work: Work, arrays: Arrays) -> list[Contender]:
     return found
 
 
+def named_contender(work: Work, arrays: Arrays, subject: Subject) -> Contender:
+    """The way of torch with a named optimizer in place of torch's."""
+    build = partial(build_named, subject, OPTIMIZER)
+    return replace(_torch(work, arrays.beside(), build), name=subject.label, parts={}, named=True)
+
+
 def max_norm(work: Work, arrays: Arrays) -> float:
     """What the gradients are clipped to, while results are checked and, at most, afterwards."""
     return arrays.norms[work.norm_type] / 2 / (LOSS_SCALE if work.scales else 1)
@@ -375,7 +420,11 @@ def _ours(
     return Contender(name, call, params, optimizer, params, scaler=scaler)
 
 
-def _torch(work: Work, arrays: Arrays) -> Contender:
+def _torch(
+    work: Work,
+    arrays: Arrays,
+    build: Callable[[list[Parameter]], torch.optim.Optimizer] | None = None,
+) -> Contender:
     separate = arrays.apart if work.wide == "masters" else arrays.separate
     params = [param.detach() for param in separate]
     grads = [gradient(param) for param in separate]
@@ -397,8 +446,9 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
     updated = [Parameter(weight) for weight in weights]
     for param, grad in zip(updated, own_grads, strict=True):
         param.grad = grad
-    optimizer = torch.optim.AdamW(updated, fused=True)
+    optimizer = build(updated) if build else torch.optim.AdamW(updated, fused=True)
     step: Callable[[], object] = optimizer.step
+    parts: dict[str, Callable[[], object]] = {}
     scaler = None
     if work.scales:
         scaler = _scaler(torch.amp.GradScaler)
@@ -406,15 +456,20 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
         after.append(scaler.update)
         if work.clips:
             before.append(partial(scaler.unscale_, optimizer))
+            # Without an update of the scale it refuses the next one.
+            parts["unscale_"] = _all(before[-1], scaler.update)
     if work.clips:
         clip = torch.nn.utils.clip_grad_norm_
         before.append(partial(clip, updated, max_norm(work, arrays), work.norm_type))
+        parts["clip_grad_norm_"] = before[-1]
+    parts["AdamW(fused)"] = optimizer.step
     if work.skips:
         step = partial(_step_if_finite, optimizer, own_grads)
     averages = [weight.clone() for weight in weights] if work.averages else []
     if work.averages:
         average: Any = get_ema_multi_avg_fn(EMA_DECAY)
         after.append(partial(average, averages, weights, None))
+        parts["swa_utils' EMA"] = after[-1]
     if work.by_chance:
         after.append(partial(_round_by_chance, params, weights))
     elif weights is not params:
@@ -429,6 +484,7 @@ def _torch(work: Work, arrays: Arrays) -> Contender:
         averages=averages,
         temporaries=[] if own_grads is grads else own_grads,
         scaler=scaler,
+        parts=parts if work.in_parts else {},
     )
 
 
