@@ -94,12 +94,12 @@ CHANGE: list[Callable[[Tensor], Any]] = [
     lambda x: x.data.resize_(x.numel() + 9),
     lambda x: x.data.untyped_storage().resize_(0),
     lambda x: setattr(x, "data", torch.ones(3, dtype=torch.float64)),
-    lambda x: setattr(x, "data", x.data.clone()),
+    lambda x: setattr(x, "data", torch.zeros_like(x.data)),
     lambda x: setattr(x, "grad", None),
     lambda x: setattr(x, "grad", torch.ones_like(x)),
     lambda x: x.grad.data.resize_(1) if x.grad is not None else None,
     lambda x: x.data.unsqueeze_(0),
-    lambda x: x.data.fill_(math.nan),
+    lambda x: x.data.fill_(math.nan) if x.untyped_storage().nbytes() else None,
 ]
 
 
