@@ -19,7 +19,6 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader, Dataset
 
 import flatstep
-from flatstep import _core
 from flatstep.optim import states
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
@@ -152,7 +151,7 @@ def test_a_first_step_without_memory_for_its_table_can_be_made_later(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(_core, "Plan", none)
+        patch.setattr(type(opt), "_make_plan", staticmethod(none))
         with pytest.raises(MemoryError):
             opt.step()
     assert not opt.state
@@ -290,7 +289,6 @@ def test_workers_of_a_data_loader_step_alone_while_their_parent_goes_on() -> Non
 ENDING = """
 import sys, threading
 import torch, flatstep
-from flatstep import _core
 from torch.nn import Parameter
 
 pool, seconds = sys.argv[1:]
