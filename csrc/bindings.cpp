@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "api.h"
+#include "gil.h"
 
 namespace flatstep {
 namespace {
@@ -109,7 +110,7 @@ void update(const std::string& rule_name, unsigned variant, int layout, std::uin
                      first,
                      prepare_extras(unscale, average_decay, seed, count_of_step)};
   threads = available_threads(threads);
-  const py::gil_scoped_release others_may_run;
+  const WithoutGil others_may_run;
   run_update({{work, count, find_kernel(rule, variant, layout), false}}, threads);
 }
 
@@ -189,7 +190,7 @@ std::vector<double> norms(const std::vector<std::uintptr_t>& grads,
                           const std::vector<std::int64_t>& counts, bool largest, int threads) {
   const auto gradients = gradients_of(grads, dtypes, counts);
   threads = available_threads(threads);
-  const py::gil_scoped_release others_may_run;
+  const WithoutGil others_may_run;
   return run_norms(gradients, largest, threads);
 }
 
@@ -223,7 +224,7 @@ py::bytes tile_norms(const std::vector<std::uintptr_t>& grads,
   threads = available_threads(threads);
   std::vector<double> tiles;
   {
-    const py::gil_scoped_release others_may_run;
+    const WithoutGil others_may_run;
     tiles = run_tile_norms(gradients, largest, threads);
   }
   return {reinterpret_cast<const char*>(tiles.data()), tiles.size() * sizeof(double)};
@@ -291,12 +292,14 @@ void traffic(const std::vector<std::uintptr_t>& addresses, int written, std::int
     if (!address) throw std::invalid_argument("a stream's address is null");
     streams.push_back(pointer<float>(address));
   }
-  const py::gil_scoped_release others_may_run;
+  const WithoutGil others_may_run;
   run_traffic(streams, written, count, threads);
 }
 
 }  // namespace
 
+// pybind11's way in, which waits for ever in a sub-interpreter of Python before 3.12.
+#define PyInit__core init_in_main_interpreter
 PYBIND11_MODULE(_core, module) {
   module.doc() =
       "The kernels of flatstep. Addresses and sizes are taken at their word: "
@@ -395,4 +398,15 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("segments", &Plan::segments);
 }
 
+#undef PyInit__core
+
 }  // namespace flatstep
+
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+    PyErr_SetString(PyExc_ImportError,
+                    "flatstep works in the main interpreter only, as torch does");
+    return nullptr;
+  }
+  return flatstep::init_in_main_interpreter();
+}

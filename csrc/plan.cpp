@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/floating_point.h"
 #include "cpu/threads.h"
+#include "gil.h"
 
 namespace flatstep {
 namespace {
@@ -118,9 +120,10 @@ void Plan::begin(const std::vector<unsigned>& variants) {
   variants_ = variants;
   rows_.clear();
   dims_.clear();
-  state_tensors_.clear();
   state_entries_.clear();
-  state_values_.clear();
+  // What goes with an object may come back here.
+  const auto values = std::exchange(state_values_, {});
+  state_tensors_.clear();
 }
 
 void Plan::add_other(int group, py::handle param, bool without_gradient) {
@@ -134,6 +137,7 @@ void Plan::add_other(int group, py::handle param, bool without_gradient) {
 void Plan::add(int group, py::handle param, std::uint32_t first, const py::list& states,
                const py::object& step, std::optional<bool> first_step, const py::object& cleared) {
   release();
+  const Flag busy(running_);
   Row row{.param = param.ptr(), .group = group, .kind = Kind::kUpdated};
   const unsigned mask = mask_of(row), variant = variant_of(row);
   row.first_step = first_step.value_or(false);
@@ -212,7 +216,9 @@ void Plan::add(int group, py::handle param, std::uint32_t first, const py::list&
 
 void Plan::end(const py::dict& state) {
   release();
+  const Flag busy(running_);
   for (const auto& [param, dict] : state) {
+    if (!PyDict_Check(dict.ptr())) throw std::invalid_argument("a parameter's state is no dict");
     StateEntry entry{param.ptr(), dict.ptr(), state_values_.size(), 0, nullptr};
     entry.keys_hint = reinterpret_cast<PyDictObject*>(dict.ptr())->ma_keys;
     for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(dict)) {
@@ -248,12 +254,12 @@ void Plan::prefetch_row(std::size_t at) const {
 
 bool Plan::row_matches(Row& row, PyObject* param) {
   if (row.param != param) return false;
+  auto kept = py::reinterpret_borrow<py::object>(param);  // whatever asking for its gradient does
   py::object gradient = grad_of(param);
   PyObject* const grad = gradient.ptr();
   row.active = grad != Py_None;
   if (!row.active || row.kind != Kind::kUpdated) return !row.active || row.kind == Kind::kElsewhere;
-  Py_INCREF(param);
-  held_.insert(held_.end(), {param, gradient.release().ptr()});
+  held_.insert(held_.end(), {kept.release().ptr(), gradient.release().ptr()});
   if (row.cleared && row.cleared != grad) return false;
   if (is_dtensor(param)) {
     if (!is_dtensor(grad) || !same_placements(param, grad)) return false;
@@ -323,11 +329,9 @@ bool Plan::states_in_place() const {
 bool Plan::matches(const py::list& groups, const py::dict& state,
                    const std::vector<unsigned>& variants) {
   release();
-  const std::uint64_t turn = turn_;
-  const bool all = everything_matches(groups, state, variants);
-  // Asking a tensor may let another thread go first, which then holds what this one found.
-  if (running_ || turn != turn_) throw std::runtime_error(kInUse);
-  return matched_ = all;
+  // Asking a tensor may let another thread go on, or call here again.
+  const Flag busy(running_);
+  return matched_ = everything_matches(groups, state, variants);
 }
 
 bool Plan::everything_matches(const py::list& groups, const py::dict& state,
@@ -336,9 +340,14 @@ bool Plan::everything_matches(const py::list& groups, const py::dict& state,
   if (variants != variants_ || groups.size() != variants.size()) return false;
   std::size_t next = 0;
   for (std::size_t group = 0; group < variants.size(); ++group) {
+    // Asking a tensor below may change either list.
+    if (group >= groups.size()) return false;
     PyObject* const options = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(group));
     if (!PyDict_Check(options)) return false;
-    PyObject* params = PyDict_GetItemWithError(options, kParams);
+    const auto found =
+        py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(options, kParams));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    PyObject* const params = found.ptr();
     if (!params || !PyList_Check(params)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
       if (next == rows_.size()) return false;
@@ -386,10 +395,10 @@ void Plan::append(const Row& row, const Prepared& prepared) {
 }
 
 py::list Plan::updated() const {
+  py::list updated;  // first: making it may collect garbage, and that may call here
   if (!matched_) {
     throw std::runtime_error("updated() must follow a call of matches() that said true");
   }
-  py::list updated;
   for (const Row& row : rows_) {
     if (row.active && row.kind == Kind::kUpdated) updated.append(py::handle(row.param));
   }
@@ -473,6 +482,7 @@ std::vector<int> Plan::devices() const {
 }
 
 std::vector<Gradient> Plan::gradients() const {
+  if (running_) throw std::runtime_error(kInUse);
   if (!matched_) throw std::runtime_error("a norm must follow a call of matches() that said true");
   std::vector<Gradient> gradients;
   for (const Row& row : rows_) {
@@ -489,7 +499,7 @@ double Plan::norm(bool largest, const std::vector<double>& others, int threads) 
   std::vector<double> norms;
   {
     const Flag running(running_);
-    const py::gil_scoped_release others_may_run;
+    const WithoutGil others_may_run;
     norms = run_norms(gradients, largest, threads);
   }
   const IeeeMode ieee;
@@ -518,7 +528,7 @@ std::vector<std::size_t> Plan::write_norms(double* slots, const std::vector<std:
   std::vector<double> tiles;
   {
     const Flag running(running_);
-    const py::gil_scoped_release others_may_run;
+    const WithoutGil others_may_run;
     tiles = run_tile_norms(gradients, largest, threads);
   }
   std::vector<std::size_t> elsewhere;
@@ -574,6 +584,7 @@ void Plan::norm_on_gpu(int device, bool largest, std::uintptr_t stream, std::uin
 void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
                 int threads, const std::map<int, DeviceInputs>& inputs,
                 const std::vector<ExtraInputs>& extras) {
+  if (running_) throw std::runtime_error(kInUse);
   if (!matched_) throw std::runtime_error("step() must follow a call of matches() that said true");
   matched_ = false;
   if (hyper.size() != variants_.size() || scales.size() != variants_.size() ||
@@ -619,7 +630,7 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
     run_update(segments_, 1);
   } else {
     const Flag running(running_);
-    const py::gil_scoped_release others_may_run;
+    const WithoutGil others_may_run;
     run_update(segments_, threads);
   }
   for (Row& row : rows_) {
@@ -636,12 +647,14 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
 void Plan::release() {
   if (running_) throw std::runtime_error(kInUse);
   matched_ = false;
-  ++turn_;
-  for (std::size_t i = 0; i < held_.size(); ++i) {
-    if (i + 2 * kRowsAhead < held_.size()) __builtin_prefetch(held_[i + 2 * kRowsAhead]);
-    Py_DECREF(held_[i]);
+  // The last reference to an object may be here, and what goes with it may come back.
+  std::vector<PyObject*> held = std::exchange(held_, {});
+  for (std::size_t i = 0; i < held.size(); ++i) {
+    if (i + 2 * kRowsAhead < held.size()) __builtin_prefetch(held[i + 2 * kRowsAhead]);
+    Py_DECREF(held[i]);
   }
-  held_.clear();
+  held.clear();
+  if (held_.empty()) held_ = std::move(held);  // its room is for the next step
 }
 
 }  // namespace flatstep

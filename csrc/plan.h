@@ -181,9 +181,8 @@ class Plan {
   std::map<BatchKey, Batch> batches_;
   std::map<std::tuple<int, int, int, bool>, cuda::Table> tables_;  // by the first of a key
   std::map<int, cuda::Table> norm_tables_;                         // of each device
-  std::uint64_t turn_ = 0;  // of those who ask, so that one notices another in between
-  bool matched_ = false;    // by the last call, so that step() may run
-  bool running_ = false;
+  bool matched_ = false;  // by the last call, so that step() may run
+  bool running_ = false;  // something that nothing may come between
 };
 
 }  // namespace flatstep

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace flatstep {
 namespace {
@@ -191,6 +192,7 @@ void HeldTensors::open() {
   std::size_t next = 0;
   for (const auto& capsule : capsules) {
     Held& held = held_.at(next++);
+    if (held.handle) handles.close(std::exchange(held.handle, nullptr));
     held.handle = PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr()));
     if (!held.handle) throw py::error_already_set();
     handles.count(held.handle, &held.count);
@@ -203,7 +205,8 @@ void HeldTensors::clear() {
     if (held.handle) handles.close(held.handle);
   }
   held_.clear();
-  tensors_.clear();
+  // What goes with a tensor may come back here.
+  const auto tensors = std::exchange(tensors_, {});
 }
 
 bool HeldTensors::is_in_place(std::size_t at) const {

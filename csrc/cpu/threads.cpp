@@ -5,8 +5,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -73,7 +73,7 @@ class Pool {
       while (static_cast<int>(workers_.size()) < helpers) {
         workers_.emplace_back(&Pool::work, this, generation_);
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
       // The system gives no more threads: those that there are do the work.
     }
   }

@@ -112,6 +112,22 @@ class Finding:
             if route in (Route.TORCH, Route.SPARSE):
                 extras.refuse(group, found.name)
         new = [found for found in wanted if not self.state.get(found.param)]
+        try:
+            return self._fill(flags, everything, routes, wanted, new)
+        except BaseException:
+            for found in new:
+                self.state.pop(found.param, None)
+            raise
+
+    def _fill(
+        self,
+        flags: list[int],
+        everything: list[Found],
+        routes: dict[Found, Route],
+        wanted: dict[Found, Wanted],
+        new: list[Found],
+    ) -> Table:
+        """Completes the states and makes the table of them."""
         with torch.no_grad():
             firsts = states.complete(
                 {

@@ -106,6 +106,8 @@ def complete(
 ) -> set[Found]:
     """Creates the states that are missing, and puts the others where a kernel can take them.
 
+    Where it raises, as for lack of memory, no state has changed.
+
     Args:
         states: Each parameter's state.
         wanted: The states that each parameter's variant uses.
@@ -117,7 +119,7 @@ def complete(
         The parameters that had none of the rule's states before.
     """
     firsts = set()
-    missing, moved, uncounted = [], [], []
+    missing, moved, dense, uncounted = [], [], [], []
     for found, state in states.items():
         names = wanted[found]
         low = state.get(MASTER_LOW)
@@ -130,7 +132,7 @@ def complete(
             and step.numel() == 1
             and step.device == device
         ):
-            uncounted.append((state, device))
+            uncounted.append((found, device))
         if all(state.get(name) is None for name in names.rule):
             firsts.add(found)
         for name, dtype in zip(names.names, names.dtypes, strict=True):
@@ -138,18 +140,27 @@ def complete(
             if tensor is None:
                 missing.append((found, name, dtype))
             elif tensor.layout != torch.strided:
-                state[name] = tensor.to_dense()
+                dense.append((found, name, tensor.to_dense()))
             elif routes[found] is not Route.TORCH and (
                 gather or not _fits(found.param, tensor, dtype)
             ):
                 moved.append((found, name, dtype, tensor))
-    _create_steps(uncounted)
-    _create(states, missing + [(found, name, dtype) for found, name, dtype, _ in moved], routes)
+    created = _create(missing + [(found, name, dtype) for found, name, dtype, _ in moved], routes)
     for found, name, _ in missing:
         if name in (MASTER, AVERAGE):
-            local_of(states[found][name]).copy_(local_of(found.param))
+            local_of(created[found, name]).copy_(local_of(found.param))
     for found, name, _, tensor in moved:
-        local_of(states[found][name]).copy_(local_of(tensor))
+        local_of(created[found, name]).copy_(local_of(tensor))
+    counts = _create_steps([(states[found], device) for found, device in uncounted])
+    # Nothing has changed so far: there may not have been the memory for all of it.
+    for (found, _), count in zip(uncounted, counts, strict=True):
+        rest = {name: value for name, value in states[found].items() if name != "step"}
+        states[found].clear()
+        states[found].update({"step": count, **rest})
+    for found, name, tensor in dense:
+        states[found][name] = tensor
+    for (found, name), tensor in created.items():
+        states[found][name] = tensor
     return firsts
 
 
@@ -164,10 +175,9 @@ def _fits(param: torch.Tensor, state: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _create(
-    states: dict[Found, dict[str, Any]],
-    missing: list[tuple[Found, str, torch.dtype]],
-    routes: dict[Found, Route],
-) -> None:
+    missing: list[tuple[Found, str, torch.dtype]], routes: dict[Found, Route]
+) -> dict[tuple[Found, str], torch.Tensor]:
+    created = {}
     for name in dict.fromkeys(name for _, name, _ in missing):
         wanting = [(found, dtype) for found, of, dtype in missing if of == name]
         plain = [(found, dtype) for found, dtype in wanting if routes[found] is not Route.TORCH]
@@ -175,24 +185,28 @@ def _create(
             (local_of(found.param) for found, _ in plain), (dtype for _, dtype in plain)
         )
         for (found, _), view in zip(plain, views, strict=True):
-            states[found][name] = as_placed(view, found.param)
+            created[found, name] = as_placed(view, found.param)
         for found, dtype in wanting:
             if routes[found] is Route.TORCH:
-                states[found][name] = torch.zeros_like(
+                created[found, name] = torch.zeros_like(
                     found.param, dtype=dtype, memory_format=torch.preserve_format
                 )
+    return created
 
 
-def _create_steps(uncounted: list[tuple[dict[str, Any], torch.device]]) -> None:
-    """Counts each of the states from zero, or from the number that an old checkpoint left."""
+def _create_steps(uncounted: list[tuple[dict[str, Any], torch.device]]) -> list[torch.Tensor]:
+    """A count for each of the states, from zero or from the number that a checkpoint left."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    for device in dict.fromkeys(device for _, device in uncounted):
-        states = [state for state, on in uncounted if on == device]
-        counts = torch.zeros(len(states), dtype=dtype, device=device)
-        for count, state in zip(counts.unbind(), states, strict=True):
-            if state.get("step") is not None:
-                count.fill_(float(state["step"]))
-            rest = {name: value for name, value in state.items() if name != "step"}
-            state.clear()
-            state["step"] = count
-            state.update(rest)
+    counts = {
+        device: iter(
+            torch.zeros(
+                sum(on == device for _, on in uncounted), dtype=dtype, device=device
+            ).unbind()
+        )
+        for device in dict.fromkeys(device for _, device in uncounted)
+    }
+    found = [next(counts[device]) for _, device in uncounted]
+    for count, (state, _) in zip(found, uncounted, strict=True):
+        if state.get("step") is not None:
+            count.fill_(float(state["step"]))
+    return found
