@@ -289,6 +289,7 @@ def test_workers_of_a_data_loader_step_alone_while_their_parent_goes_on() -> Non
 ENDING = """
 import sys, threading
 import torch, flatstep
+from flatstep import _core
 from torch.nn import Parameter
 
 pool, seconds = sys.argv[1:]
