@@ -203,6 +203,8 @@ import os, random, signal, sys, threading
 import torch, flatstep
 from torch.nn import Parameter
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # if ignored
+
 def make():
     param = Parameter(torch.linspace(-1, 1, 1 << 21))
     param.grad = param.detach().flip(0).clone()
