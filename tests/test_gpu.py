@@ -41,6 +41,19 @@ def assert_same_bits(gpu: list[Parameter], cpu: list[Parameter]) -> None:
         torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=0, atol=0, equal_nan=True)
 
 
+def captured(opt: Any) -> torch.cuda.CUDAGraph:
+    """A graph of a step, after one step outside it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        opt.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    return graph
+
+
 @rich
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shapes", [SHAPES, MANY], ids=["few", "many"])
@@ -90,15 +103,8 @@ def test_a_captured_step_has_the_bits_of_one_that_is_not(
     opt, expected = ours(gpu, lr=lr, capturable=True), ours(cpu, lr=1e-3)
     give_gradients(gpu, 0)
     give_gradients(cpu, 0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        opt.step()
-    torch.cuda.current_stream().wait_stream(stream)
+    graph = captured(opt)
     expected.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        opt.step()
     for step in range(1, 5):
         rate = 1e-3 / step
         lr.fill_(rate)
@@ -192,15 +198,8 @@ def test_a_captured_step_clips_and_skips_as_one_that_is_not(
     opt, expected = flatstep.Adam(gpu, capturable=True, **options), flatstep.Adam(cpu, **options)
     give_gradients(gpu, 0)
     give_gradients(cpu, 0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        opt.step()
-    torch.cuda.current_stream().wait_stream(stream)
+    graph = captured(opt)
     expected.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        opt.step()
     for step in range(1, 5):
         give_gradients(gpu, step)
         give_gradients(cpu, step)

@@ -48,9 +48,6 @@ def flag_bits(rule: str) -> dict[str, int]:
     return {name: 1 << bit for bit, name in enumerate(RULES[rule]["flags"])}
 
 
-_WRITES_GRAD = extras.WRITES_GRAD
-
-
 def validate_implementation(options: dict[str, Any]) -> None:
     """Raises torch's errors for implementations that exclude each other."""
     if options["fused"] and options["differentiable"]:
@@ -371,7 +368,7 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
                 (*extras.numbers(group, unscale), clipping.most_of(group)) for group in groups
             ]
             table.follow_masters()
-            if any(variant & _WRITES_GRAD for variant in flags):
+            if any(variant & extras.WRITES_GRAD for variant in flags):
                 increment_version([param.grad for param in updated])
         # Before, not after: now torch's objects are in the caches.
         increment_version(updated + table.written)
@@ -489,7 +486,7 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
                 }
                 update_alone(
                     self.rule,
-                    variant.flags & ~_WRITES_GRAD,
+                    variant.flags & ~extras.WRITES_GRAD,
                     hyper,
                     local_of(param),
                     local_of(grad),
@@ -506,7 +503,7 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
             else:
                 torch_ops.update(self.rule, flags, names, param, grad, tensors, step, scale)
         with torch.no_grad():
-            if variant.flags & _WRITES_GRAD:
+            if variant.flags & extras.WRITES_GRAD:
                 grad.mul_(unscale)
             if counts:
                 state["step"].add_(1)
