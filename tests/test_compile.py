@@ -347,9 +347,9 @@ def test_the_operations_declare_what_they_write() -> None:
     params, grads = [torch.randn(3, 4)], [torch.randn(3, 4)]
     states = [torch.zeros(3, 4), torch.zeros(3, 4)]
     numbers = [float("nan"), 0.9, 0.999, 1e-8, 0.0]  # the first is the tensor
-    tensors = (params, grads, states, [torch.zeros(())], [], [torch.tensor(0.1)], None)
+    tensors = (params, grads, states, [torch.zeros(())], [], [torch.tensor(0.1)])
     torch.library.opcheck(
         torch.ops.flatstep.update_.default,
-        (*tensors, "adam", 0, numbers, 1.0, -1.0, 0.0, 0, [0]),
+        (*tensors, "adam", 0, numbers),
     )
     torch.library.opcheck(torch.ops.flatstep.norm.default, (params, grads, 2.0))
