@@ -126,7 +126,7 @@ bool update_group(const std::string& rule_name, unsigned variant, const GroupTen
     const auto take = [&](Stored type) {
       if (given == (i + 1) * each) throw std::invalid_argument("there are too few states");
       const TensorView state = view_at(tensors.states, given);
-      in_order = in_order && lies_as(state, param, at(tensors.states, given++));
+      if (!lies_as(state, param, at(tensors.states, given++))) in_order = false;
       if (type != Stored::kUnknown && state.type != type) {
         throw std::invalid_argument("a state is of the wrong type");
       }

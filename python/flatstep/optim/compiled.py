@@ -171,10 +171,10 @@ def _refusal_of_states(
 def _create_states(optimizer: Optimizer, wanted: dict[Found, states.Wanted]) -> None:
     """Creates what is missing, each with memory of its own.
 
-    Dynamo is told, as by torch's optimizers, to guard their identity: that of their shapes, strides
-    and so on, for each, is half of what a step of a small model costs.
+    As torch's optimizers do, it has Dynamo ask at each step whether they are the same objects, and
+    not about the shape, strides and so on of each, which takes longer than a small model's update.
     """
-    from torch._dynamo import mark_static_address  # Dynamo, which is running
+    from torch._dynamo import mark_static_address  # loaded by now, as it is not with flatstep
 
     with torch.no_grad():
         firsts = states.complete(
@@ -198,7 +198,9 @@ def _create_states(optimizer: Optimizer, wanted: dict[Found, states.Wanted]) -> 
                 mark_static_address(state[name], guard=True)
     if not optimizer.counts_steps:
         for found in wanted:
-            optimizer._fresh[found.param] = torch.tensor(found in firsts, dtype=torch.float32)
+            fresh = optimizer._fresh.setdefault(found.param, torch.empty((), dtype=torch.float32))
+            fresh.fill_(found in firsts)
+            mark_static_address(fresh, guard=True)
 
 
 # As torch.compiler.assume_constant_result does, which would load all of Dynamo.
@@ -222,15 +224,16 @@ def in_graph(step: Callable[..., Any]) -> Callable[..., Any]:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        dtypes, flags, hypers = [], [], []
+        dtypes, flags, options, hypers = [], [], [], []
         for group in optimizer.param_groups:
             variant = optimizer.variant(group)
             flags.append(variant.flags)
             hypers.append(variant.hyper)
             grads = [param.grad for param in group["params"]]
             dtypes.append(tuple([None if grad is None else grad.dtype for grad in grads]))
+            options.append([group.get(name) for name in extras.DEFAULTS])
         unscales = hasattr(optimizer, "found_inf")  # set by GradScaler for one step
-        prepared = _prepare(optimizer, tuple(dtypes), tuple(flags), unscales)
+        prepared = _prepare(optimizer, tuple(dtypes), tuple(flags), options, unscales)
         if prepared.refusal is not None:
             torch._dynamo.graph_break(msg=f"flatstep's step is no graph's: {prepared.refusal}")
             step_outside(optimizer)
@@ -246,7 +249,7 @@ def _trace(
     optimizer: Optimizer, prepared: _Prepared, flags: list[int], hypers: list[list[Any]]
 ) -> None:
     """Puts one operation for each group, and one for the norm, into the graph."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a second
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded by now
 
     norm = None
     params = [param for group in optimizer.param_groups for param in group["params"]]
