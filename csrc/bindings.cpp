@@ -417,6 +417,7 @@ PYBIND11_MODULE(_core, module) {
             plan.step(hyper, scales, threads, inputs, extras);
           },
           "hyper"_a, "scales"_a, "threads"_a, "inputs"_a = RawInputs{}, "extras"_a = RawExtras{})
+      .def_property_readonly("has_stepped", &Plan::has_stepped)
       .def("release", &Plan::release)
       .def("devices", &Plan::devices)
       .def_property_readonly("segments", &Plan::segments);

@@ -117,6 +117,7 @@ void Plan::begin(const std::vector<unsigned>& variants) {
     if (!why.empty()) throw std::invalid_argument(why);
   }
   release();
+  has_stepped_ = false;
   variants_ = variants;
   rows_.clear();
   dims_.clear();
@@ -644,6 +645,7 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
     }
     row.first_step = false;
   }
+  has_stepped_ = true;
   release();
 }
 

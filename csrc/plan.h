@@ -89,6 +89,9 @@ class Plan {
             int threads, const std::map<int, DeviceInputs>& inputs,
             const std::vector<ExtraInputs>& extras);
 
+  // Whether the table has been through a step since begin().
+  bool has_stepped() const { return has_stepped_; }
+
   // Lets go of the gradients: what matches() found may no longer be true.
   void release();
 
@@ -185,6 +188,7 @@ class Plan {
   std::optional<int> norm_device_;        // since the last matches()
   bool matched_ = false;                  // by the last call, so that step() may run
   bool running_ = false;                  // something that nothing may come between
+  bool has_stepped_ = false;
 };
 
 }  // namespace flatstep
