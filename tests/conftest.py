@@ -151,6 +151,15 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "is_on_gpu", lambda value: True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="Where test_distributed.py has its tensors: on gloo, or on NCCL with a GPU a rank.",
+    )
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     narrowed = any(
         "case" in str(m.args[:1]) for m in metafunc.definition.iter_markers("parametrize")
@@ -190,12 +199,12 @@ def clones(params: Iterable[Tensor]) -> list[Parameter]:
 
 def gradient(p: Tensor, step: int, index: int = 0) -> Tensor:
     """A gradient that depends on `step` and `index` only; every seventh element is zero."""
-    generator = torch.Generator().manual_seed(1000 * step + index)
+    generator = torch.Generator("cpu").manual_seed(1000 * step + index)
     wide = torch.complex128 if p.dtype.is_complex else torch.float64
-    g = torch.randn(tuple(p.shape), dtype=wide, generator=generator)
+    g = torch.randn(tuple(p.shape), dtype=wide, generator=generator, device="cpu")
     g = (g + 0.5 * g.sgn()) * (1.0, 0.25, 0.5)[step % 3]
     g.view(-1)[::7] = 0
-    return g.to(p.dtype)
+    return g.to(p.device, p.dtype)
 
 
 def give_gradients(params: Iterable[Parameter], step: int) -> None:
