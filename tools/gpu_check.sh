@@ -17,6 +17,7 @@ for name in "$@"; do
   [[ $known == *" $name "* ]] || { echo "no step '$name'; there are:$known"; exit 2; }
 done
 mkdir -p "$out"
+: >"$out/summary.txt"
 : >"$out/log.txt"
 failed=0
 deadline=525
@@ -56,8 +57,10 @@ sanitize() {
   fi
 }
 
-{ date -u; nvidia-smi -L; nvidia-smi --query-gpu=driver_version --format=csv; nvcc --version
-  python3 -c 'import torch; print(torch.__version__, torch.version.cuda)'; } >>"$out/log.txt" 2>&1
+{ date -u; nvidia-smi -L; nvidia-smi --query-gpu=driver_version --format=csv,noheader
+  nvcc --version | tail -n 1; python3 -c 'import torch; print("torch", torch.__version__)'
+  python3 -m pip list; } >>"$out/log.txt" 2>&1
+head -n 5 "$out/log.txt" | tee -a "$out/summary.txt"
 
 site=$PWD/build/gpu_check/site
 options=(FLATSTEP_CUDA=ON FLATSTEP_CUDA_BULK=ON FLATSTEP_WERROR=OFF CMAKE_CUDA_ARCHITECTURES="$(
@@ -99,4 +102,6 @@ fi
 sanitize racecheck racecheck
 sanitize initcheck initcheck
 rm -f "$out/step.txt"
+printf '\n=== summary ===\n'
+cat "$out/summary.txt"
 exit "$failed"

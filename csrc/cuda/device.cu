@@ -40,6 +40,21 @@ class Guard {
   int previous_ = 0;
 };
 
+// As much shared memory for a kernel that takes some at its launch as the device gives a block.
+void make_room(int device, const void* kernel) {
+  int most = 0;
+  cudaFuncAttributes attributes;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(attributes.sharedSizeBytes)),
+        "making room for a kernel's stages");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "preferring shared memory to a cache");
+}
+
 // How many blocks of a kernel a device is to run at once.
 int resident_blocks(int device, const Choice& choice) {
   static std::mutex mutex;
@@ -50,11 +65,7 @@ int resident_blocks(int device, const Choice& choice) {
     int processors = 0, of_each = 0;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
-    if (choice.shared > 0) {
-      check(cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 choice.shared),
-            "making room for a kernel's stages");
-    }
+    if (choice.shared > 0) make_room(device, choice.kernel);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, choice.kernel, kThreads,
                                                         static_cast<std::size_t>(choice.shared)),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
