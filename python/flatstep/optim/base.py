@@ -67,7 +67,7 @@ class Optimizer(Weights, Finding, torch.optim.Optimizer):
     """An optimizer of :mod:`torch.optim` whose update is one pass over memory.
 
     A subclass names its rule, validates a group's options and turns them into a variant. The rest
-    is here: finding each parameter's way (:mod:`flatstep.optim.routes`), keeping the table of the
+    is here: finding each parameter's way (``flatstep.optim.routes``), keeping the table of the
     kernel's memory (``_core.Plan``), creating states, and making one call a step.
     """
 
