@@ -282,7 +282,7 @@ def _refusal_of_states(
     """Why the graph cannot have a parameter's update, or None; raises as a step would."""
     param, group = found.param, optimizer.param_groups[found.group]
     state = optimizer.state.get(param, {})
-    states.check(state, found, wanted.names)
+    states.check(state, found, wanted)
     extras.validate_param(group, param, found.name)
     grad = torch.empty(0, dtype=grad_dtype)
     layout = layout_of(param, grad, wanted.dtypes[0] if wanted.rule else None)
