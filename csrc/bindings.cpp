@@ -91,27 +91,65 @@ Arrays arrays_of(const RuleInfo& rule, unsigned variant, int layout, std::uintpt
   return arrays;
 }
 
-void update(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
+// One update of plain memory, checked. Only where it runs is left open.
+struct Update {
+  const RuleInfo& rule;
+  unsigned variant;
+  int layout;
+  Arrays arrays;
+  std::int64_t count;
+  const std::vector<double>& hyper;
+  std::int64_t step;
+  double scale;
+  void *master, *average;
+  double unscale, average_decay;
+  std::uint64_t seed;
+  std::int64_t count_of_step;
+  std::uint32_t first;
+
+  Types types() const { return layouts()[static_cast<std::size_t>(layout)]; }
+  unsigned extras() const { return variant & ~kFlagMask; }
+};
+
+// Binds what runs an update. own: the names of what it is told beside, which stand after the scale.
+template <class... Own, class... Name>
+void def_update(py::module_& module, const char* name, void (*run)(const Update&, Own...),
+                const Name&... own) {
+  module.def(
+      name,
+      [run](const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
             std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
-            const std::vector<double>& hyper, std::int64_t step, double scale, int threads,
+            const std::vector<double>& hyper, std::int64_t step, double scale, Own... beside,
             std::uintptr_t master, std::uintptr_t average, double unscale, double average_decay,
             std::uint64_t seed, std::int64_t count_of_step, std::uint32_t first) {
-  const RuleInfo& rule = find_rule(rule_name);
-  const Arrays arrays =
-      arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master, average);
-  if (count == 0) return;
-  const Scalars scalars = rule.prepare(hyper.data(), step, scale);
-  const Work work = {arrays,
-                     scalars.data(),
-                     layouts()[static_cast<std::size_t>(layout)],
-                     variant & ~kFlagMask,
-                     pointer(master),
-                     pointer(average),
-                     first,
-                     prepare_extras(unscale, average_decay, seed, count_of_step)};
+        const RuleInfo& rule = find_rule(rule_name);
+        run({rule, variant, layout,
+             arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master,
+                       average),
+             count, hyper, step, scale, pointer(master), pointer(average), unscale, average_decay,
+             seed, count_of_step, first},
+            beside...);
+      },
+      "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a, "count"_a, "hyper"_a,
+      "step"_a, "scale"_a, own..., "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0,
+      "average_decay"_a = 0.0, "seed"_a = 0, "count_of_step"_a = 1, "first"_a = 0);
+}
+
+void update(const Update& of, int threads) {
+  if (of.count == 0) return;
+  const Scalars scalars = of.rule.prepare(of.hyper.data(), of.step, of.scale);
+  const Work work = {
+      .arrays = of.arrays,
+      .scalars = scalars.data(),
+      .types = of.types(),
+      .extras = of.extras(),
+      .master = of.master,
+      .average = of.average,
+      .first = of.first,
+      .numbers = prepare_extras(of.unscale, of.average_decay, of.seed, of.count_of_step)};
   threads = available_threads(threads);
   const WithoutGil others_may_run;
-  run_update({{work, count, find_kernel(rule, variant, layout), false}}, threads);
+  run_update({{work, of.count, find_kernel(of.rule, of.variant, of.layout), false}}, threads);
 }
 
 // Many updates of one rule and its hyper-parameters, in one call. The states of an array follow
@@ -241,31 +279,23 @@ double total_of_tiles(std::uintptr_t tiles, const std::vector<std::int64_t>& cou
   return add_norms(norms.data(), static_cast<std::int64_t>(norms.size()), largest);
 }
 
-void update_on_gpu(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
-                   std::uintptr_t grad, const std::vector<std::uintptr_t>& states,
-                   std::int64_t count, const std::vector<double>& hyper, std::int64_t step,
-                   double scale, int device, std::uintptr_t stream, std::uintptr_t master,
-                   std::uintptr_t average, double unscale, double average_decay, std::uint64_t seed,
-                   std::int64_t count_of_step, std::uint32_t first) {
-  const RuleInfo& rule = find_rule(rule_name);
-  const Arrays arrays =
-      arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master, average);
+void update_on_gpu(const Update& of, int device, std::uintptr_t stream) {
   check_gpu(device);
-  if (count == 0) return;
+  if (of.count == 0) return;
   cuda::Launch launch = {};
-  launch.host_step = count_of_step;
-  launch.rule_step = step;
-  launch.types = layouts()[static_cast<std::size_t>(layout)];
-  launch.extras = variant & ~kFlagMask;
-  launch.unscale = unscale;
-  launch.average_decay = average_decay;
-  launch.seed = seed;
-  launch.sign = scale;
-  for (std::size_t i = 0; i < hyper.size(); ++i) launch.hyper[i].value = hyper[i];
+  launch.host_step = of.count_of_step;
+  launch.rule_step = of.step;
+  launch.types = of.types();
+  launch.extras = of.extras();
+  launch.unscale = of.unscale;
+  launch.average_decay = of.average_decay;
+  launch.seed = of.seed;
+  launch.sign = of.scale;
+  for (std::size_t i = 0; i < of.hyper.size(); ++i) launch.hyper[i].value = of.hyper[i];
   cuda::Table table(device);
-  cuda::run(device, pointer(stream), layout,
-            rule.first_variant + static_cast<int>(variant & kFlagMask), launch,
-            {{arrays, 0, count, nullptr, pointer(master), pointer(average), first}}, table);
+  cuda::run(device, pointer(stream), of.layout,
+            of.rule.first_variant + static_cast<int>(of.variant & kFlagMask), launch,
+            {{of.arrays, 0, of.count, nullptr, of.master, of.average, of.first}}, table);
 }
 
 void judge_norm_on_gpu(int device, std::uintptr_t stream, std::uintptr_t found, bool largest,
@@ -326,10 +356,7 @@ PYBIND11_MODULE(_core, module) {
                "stochastic"_a = unsigned{kStochastic}, "average"_a = unsigned{kAverage},
                "writes_grad"_a = unsigned{kWritesGrad});
 
-  module.def("update", &update, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a,
-             "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a, "master"_a = 0,
-             "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0, "seed"_a = 0,
-             "count_of_step"_a = 1, "first"_a = 0);
+  def_update(module, "update", &update, "threads"_a);
   module.def("updates", &updates, "rule"_a, "flags"_a, "layouts"_a, "params"_a, "grads"_a,
              "states"_a, "counts"_a, "hyper"_a, "steps"_a, "scale"_a, "threads"_a, "masters"_a,
              "averages"_a, "average_decay"_a, "seed"_a, "counts_of_steps"_a, "firsts"_a);
@@ -337,10 +364,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("tile_norms", &tile_norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
              "threads"_a);
   module.def("total_of_tiles", &total_of_tiles, "tiles"_a, "counts"_a, "largest"_a);
-  module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
-             "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a,
-             "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0,
-             "seed"_a = 0, "count_of_step"_a = 1, "first"_a = 0);
+  def_update(module, "update_on_gpu", &update_on_gpu, "device"_a, "stream"_a);
   module.def("norms_on_gpu", &norms_on_gpu, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
              "device"_a, "stream"_a, "room"_a, "found"_a);
   module.def("judge_norm_on_gpu", &judge_norm_on_gpu, "device"_a, "stream"_a, "found"_a,
@@ -393,6 +417,7 @@ PYBIND11_MODULE(_core, module) {
             plan.step(hyper, scales, threads, inputs, extras);
           },
           "hyper"_a, "scales"_a, "threads"_a, "inputs"_a = RawInputs{}, "extras"_a = RawExtras{})
+      .def_property_readonly("has_stepped", &Plan::has_stepped)
       .def("release", &Plan::release)
       .def("devices", &Plan::devices)
       .def_property_readonly("segments", &Plan::segments);

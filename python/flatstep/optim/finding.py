@@ -111,12 +111,11 @@ class Finding:
             extras.validate_param(group, found.param, found.name)
             if route in (Route.TORCH, Route.SPARSE):
                 extras.refuse(group, found.name)
-        new = [found for found in wanted if not self.state.get(found.param)]
+        before = states.Before(self.state, [found.param for found in wanted])
         try:
-            return self._fill(flags, everything, routes, wanted, new)
+            return self._fill(flags, everything, routes, wanted, before)
         except BaseException:
-            for found in new:
-                self.state.pop(found.param, None)
+            before.put_back(self.state)
             raise
 
     def _fill(
@@ -125,7 +124,7 @@ class Finding:
         everything: list[Found],
         routes: dict[Found, Route],
         wanted: dict[Found, Wanted],
-        new: list[Found],
+        before: states.Before,
     ) -> Table:
         """Completes the states and makes the table of them."""
         with torch.no_grad():
@@ -173,12 +172,11 @@ class Finding:
         plan.end(self.state)
         devices = plan.devices()
         gpus = [device for device in devices if device >= 0]
-        self._gather = False
         self._table = Table(
             plan,
             flags,
             others,
-            new,
+            before,
             list(written.values()),
             masters,
             cleared,

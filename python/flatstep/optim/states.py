@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,27 @@ class Wanted(NamedTuple):
     names: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     always: tuple[str, ...] = ()
+
+
+class Before:
+    """The states of parameters as they are now, for a step that then is not made."""
+
+    def __init__(
+        self, states: Mapping[torch.Tensor, dict[str, Any]], params: Iterable[torch.Tensor]
+    ) -> None:
+        self._params = list(params)
+        own = [(param, states[param]) for param in self._params if param in states]
+        self._kept = {param: (state, dict(state)) for param, state in own}
+
+    def put_back(self, states: MutableMapping[torch.Tensor, dict[str, Any]]) -> None:
+        """Makes the states what they were: the same tensors, and none where there was none."""
+        for param in self._params:
+            if param not in self._kept:
+                states.pop(param, None)
+                continue
+            state, tensors = self._kept[param]
+            state.clear()
+            state.update(tensors)
 
 
 def zeros_like_all(

@@ -15,7 +15,8 @@ from torch import Tensor
 from flatstep import _core, reference
 from flatstep._torch import STORED
 from flatstep.optim import extras
-from flatstep.optim.base import RULES, Optimizer
+from flatstep.optim.base import Optimizer
+from flatstep.optim.rules import RULES
 from flatstep.optim.weights import join
 from flatstep.profiling import memory
 from flatstep.profiling.case import fill_in, limit_name
