@@ -6,14 +6,17 @@ narrows them, `@rich` takes the fullest set of each rule. A new case is a line i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from playwright.sync_api import Browser, sync_playwright
 from torch import Tensor
 from torch.nn import Parameter
+from torch_versions import NEWER_KEYS
 
 import flatstep
 from flatstep import _core
@@ -114,7 +117,10 @@ class Case:
 
     def torchs(self, params: Iterable[Any], **more: Any) -> torch.optim.Optimizer:
         options = {**self.options, "foreach": False, **more}
-        return getattr(torch.optim, self.rule)(params, **options)
+        rule = self.rule
+        if "decoupled_weight_decay" in NEWER_KEYS and options.pop("decoupled_weight_decay", False):
+            rule = "AdamW"
+        return getattr(torch.optim, rule)(params, **options)
 
     def __str__(self) -> str:
         return f"{self.rule}-{self.name}"
@@ -166,6 +172,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
     if "case" in metafunc.fixturenames and not narrowed:
         metafunc.parametrize("case", all_cases(), ids=str)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium or Chrome, which finds no host."""
+    names = ("chromium", "google-chrome", "chromium-browser")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("Chromium is absent: apt-get install chromium, or Google's Chrome")
+    flags = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=flags)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(autouse=True)

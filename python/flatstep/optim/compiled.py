@@ -17,7 +17,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from flatstep import _core, flat
-from flatstep._torch import connect_dtensor
+from flatstep._torch import VERSION, connect_dtensor
 from flatstep.optim import clipping, extras, operations, states
 from flatstep.optim.finding import VARIANTS
 from flatstep.optim.routes import Found, Route, is_plain, is_resolved, layout_of, overlapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flatstep.optim.base import Optimizer
 
 # Older releases follow less of Python; there, a step breaks the graph.
-_IS_KNOWN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+_IS_KNOWN = VERSION >= (2, 13)
 
 
 class _Group(NamedTuple):
@@ -77,8 +77,6 @@ def _refusal(optimizer: Optimizer, found: list[Found]) -> str | None:
     """Why the graph cannot have this step, or None."""
     groups = optimizer.param_groups
     asked = clipping.asked(groups)
-    if not _IS_KNOWN:
-        return f"torch is {torch.__version__}, older than 2.13"
     if any(group["differentiable"] for group in groups):
         return "autograd is to follow it (differentiable=True)"
     if asked is not None and asked.skips:
@@ -213,6 +211,9 @@ def in_graph(step: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         step: The step outside a graph, for what no graph can have.
     """
+    if not _IS_KNOWN:
+        outside: Callable[..., Any] = _disable_dynamo(step)
+        return outside
 
     @_disable_dynamo
     def step_outside(optimizer: Optimizer) -> None:
@@ -298,7 +299,7 @@ def _trace(
 def zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
     """Clears gradients as Dynamo can follow it; torch's own way breaks the graph."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if any(map(_holds_gradient, params)):
+    if not _IS_KNOWN or any(map(_holds_gradient, params)):
         _zero_grad_outside(optimizer, set_to_none)
         return
     for param in params:
