@@ -21,6 +21,14 @@ counters = torch._dynamo.utils.counters
 SHAPES = [(5, 7), (9,), (), (2, 0), (3, 4, 5)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No code that was made earlier: torch keeps it in a folder that all processes share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_graphs() -> Iterator[None]:
     torch._dynamo.reset()
