@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch_versions import NEWER_KEYS
 
 import flatstep
 from flatstep import _core
@@ -118,7 +119,10 @@ class Case:
 
     def torchs(self, params: Iterable[Any], **more: Any) -> torch.optim.Optimizer:
         options = {**self.options, "foreach": False, **more}
-        return getattr(torch.optim, self.rule)(params, **options)
+        rule = self.rule
+        if "decoupled_weight_decay" in NEWER_KEYS and options.pop("decoupled_weight_decay", False):
+            rule = "AdamW"
+        return getattr(torch.optim, rule)(params, **options)
 
     def __str__(self) -> str:
         return f"{self.rule}-{self.name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -43,6 +45,12 @@ def test_kernel_and_reference_have_the_same_names() -> None:
     assert set(re.findall(r'h\["(\w+)"\]', reference)) <= set(re.findall(r'"(\w+)"', hyper))
 
 
-def test_the_class_is_python() -> None:
+def test_the_class_imports_what_there_is_from_where_it_is_defined() -> None:
     (text,) = blocks("python")
-    compile(text, str(PAGE), "exec")
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if (node.module or "").startswith("flatstep.")]
+    assert len(ours) == 3
+    for node in ours:
+        module = importlib.import_module(node.module or "")
+        for name in node.names:
+            assert getattr(module, name.name).__module__ == node.module

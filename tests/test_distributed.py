@@ -13,20 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import distributed_cases
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_pair import WORLD, Pair
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch_versions import DTensor, Shard, needs_fully_shard
 
 import flatstep
 from flatstep import reference
 from flatstep.optim import sharding
+
+if needs_fully_shard.args[0]:
+    pytest.skip(needs_fully_shard.kwargs["reason"], allow_module_level=True)
+
+import distributed_cases
 
 ROOT = Path(__file__).parents[1]
 TILE = reference.TILE

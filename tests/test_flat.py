@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch_versions import set_grad_dtype
 
 import flatstep
 from flatstep import FlatBuffer, flatten_
@@ -907,9 +908,7 @@ def _with_gradient(change: Callable[[Tensor], Tensor]) -> Callable[[], Parameter
 
 def _with_gradient_dtype() -> Parameter:
     p = Parameter(torch.ones(4, 2))
-    if not hasattr(p, "grad_dtype"):
-        pytest.skip("torch has no grad_dtype")
-    p.grad_dtype = torch.float8_e4m3fn
+    set_grad_dtype(p, torch.float8_e4m3fn)
     return p
 
 

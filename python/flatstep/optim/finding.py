@@ -33,7 +33,7 @@ class Finding:
     _make_plan: Callable[[str], _core.Plan] = _core.Plan  # a recording has its own
     _gather: bool  # whether states are to be moved into new flat buffers
     _table: Table | None
-    _fresh: dict[torch.Tensor, torch.Tensor]  # whether a graph's next step is the first
+    _fresh: dict[torch.Tensor, torch.Tensor]  # not 0 where a graph's next step is the first
 
     def _label(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")
