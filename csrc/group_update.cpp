@@ -67,7 +67,8 @@ class Counter {
   }
 
   void set(double value) const {
-    if (view_.type == Stored::kFloat32) *static_cast<float*>(view_.data) = static_cast<float>(value);
+    if (view_.type == Stored::kFloat32)
+      *static_cast<float*>(view_.data) = static_cast<float>(value);
     if (view_.type == Stored::kFloat64) *static_cast<double*>(view_.data) = value;
   }
 
