@@ -9,11 +9,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, sync_playwright
 from torch import Tensor
 from torch.nn import Parameter
 from torch_versions import NEWER_KEYS
@@ -21,6 +20,9 @@ from torch_versions import NEWER_KEYS
 import flatstep
 from flatstep import _core
 from flatstep.optim import base, gpu
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Built with FLATSTEP_CUDA=EMULATED: the host's memory counts as a GPU's (tools/emulate_gpu.sh).
 EMULATED = _core.gpu_count() == 1 and not torch.cuda.is_available()
@@ -177,6 +179,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Chromium or Chrome, which finds no host."""
+    from playwright.sync_api import sync_playwright  # not where a GPU's tests alone are run
+
     names = ("chromium", "google-chrome", "chromium-browser")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:

@@ -23,10 +23,13 @@ TESTED = (2, 13)  # on it and on newer ones every test runs
 NEWER_KEYS = {"decoupled_weight_decay"} - set(torch.optim.Adam([Parameter(torch.ones(1))]).defaults)
 
 
+IS_OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < TESTED
+
+
 def needs(what: str, probe: Callable[[], Any]) -> pytest.MarkDecorator:
     """Skips where the installed torch itself cannot do it yet, as the probe finds."""
     lacks = False
-    if tuple(map(int, torch.__version__.split(".")[:2])) < TESTED:
+    if IS_OLDER:
         try:
             probe()
         except (AttributeError, ImportError, RuntimeError, TypeError):
