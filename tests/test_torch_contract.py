@@ -330,6 +330,29 @@ def test_an_old_sgd_checkpoint_may_hold_none_for_the_momentum() -> None:
     assert_same_run(ours, theirs)
 
 
+OTHER_LIBRARIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "apex": lambda state: state.pop("step"),
+    "bitsandbytes": lambda state: [state.pop(name) for name in list(state) if name != "step"],
+}
+
+
+@pytest.mark.parametrize("library", OTHER_LIBRARIES)
+@cases(["Adam", "AdamW", "RMSprop"], ["default"])
+def test_a_state_without_what_torch_calls_it_is_refused_by_name(case: Case, library: str) -> None:
+    params = parameters(shapes=FEW_SHAPES)
+    before = case.torchs(params)
+    train(before, range(4))
+    saved = copy.deepcopy(before.state_dict())
+    OTHER_LIBRARIES[library](saved["state"][1])
+    opt = case.ours([(f"p{index}", p) for index, p in enumerate(clones(params))])
+    opt.load_state_dict(saved)
+    give_gradients(opt.param_groups[0]["params"], 4)
+    kept = snapshot(opt)
+    with pytest.raises(ValueError, match=r"the state of parameter 'p1' .* it is not whole"):
+        opt.step()
+    assert_unchanged(opt, kept)
+
+
 def test_adamw_decays_decoupled_whatever_it_loads() -> None:
     params = parameters(shapes=FEW_SHAPES)
     coupled = torch.optim.Adam(clones(params), weight_decay=0.1)
