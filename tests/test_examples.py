@@ -14,7 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch_versions import import_transformers, needs_fully_shard, set_grad_dtype
+from torch_versions import (
+    import_transformers,
+    needs_bfloat16_loss,
+    needs_fully_shard,
+    set_grad_dtype,
+)
 
 import flatstep
 
@@ -189,7 +194,9 @@ def importable(name: str) -> None:
 
 
 @pytest.mark.usefixtures("importable")
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[needs_bfloat16_loss] * (n == "titan_loop")) for n in LOOPS]
+)
 def test_loops_of_others_learn_and_go_on_from_a_checkpoint(name: str) -> None:
     _, option, length = LOOPS[name]
     # Accelerate and Lightning keep a state for the whole process. On one thread: on a busy machine,

@@ -90,6 +90,10 @@ needs_gradient_by_lr = needs(
     "SGD's gradient by its learning rate",
     lambda: _step_of_torch("SGD", lr=torch.tensor(0.1, requires_grad=True), differentiable=True),
 )
+needs_bfloat16_loss = needs(
+    "mse_loss of bfloat16 on the CPU",
+    lambda: torch.nn.functional.mse_loss(*torch.ones(2, 3, dtype=torch.bfloat16)),
+)
 needs_fully_shard = needs(
     "torch.distributed.fsdp.fully_shard",
     lambda: importlib.import_module("torch.distributed.fsdp").fully_shard,

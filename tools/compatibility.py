@@ -6,6 +6,7 @@ python tools/compatibility.py rows
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections import Counter
@@ -40,9 +41,10 @@ def read_tests(folder: Path) -> dict[str, Any]:
                 failed[f"{result.stem}::{case.attrib['name']}"] = (lines or [""])[0][:200]
             elif skipped is not None:
                 counts["skipped"] += 1
-                # A module that is skipped while it is collected has its place before the reason.
-                reason = skipped.attrib["message"] or (skipped.text or "")
-                reasons[reason.removeprefix("collection skipped")] += 1
+                reason = skipped.attrib["message"]
+                if reason == "collection skipped":  # of a module: its place, then the reason
+                    reason = ast.literal_eval(skipped.text or "")[2].removeprefix("Skipped: ")
+                reasons[reason] += 1
             else:
                 counts["passed"] += 1
         files[result.stem] = dict(counts)
@@ -94,9 +96,9 @@ def version_of(report: dict[str, Any]) -> tuple[int, ...]:
 def rows() -> str:
     """The table of docs/compatibility.md."""
     lines = [
-        "| torch | tests: passed | failed | skipped | `verify --quick`: cases | failed "
-        "| Python | NumPy | date |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| torch | tests: passed | failed | skipped | files not run | `verify --quick`: cases "
+        "| failed | Python | NumPy | date |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     reports = [json.loads(path.read_text()) for path in RESULTS.glob("compatibility-torch-*.json")]
     for report in sorted(reports, key=version_of, reverse=True):
@@ -104,6 +106,7 @@ def rows() -> str:
         cells = [
             where["torch"],
             *(f"{tests[name]:,}" for name in ("passed", "failed", "skipped")),
+            str(len(report["files not run"])),
             *(f"{verify[name]:,}" if verify else "–" for name in ("cases", "failed")),
             where["python"],
             where["numpy"],
