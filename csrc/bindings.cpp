@@ -91,76 +91,65 @@ Arrays arrays_of(const RuleInfo& rule, unsigned variant, int layout, std::uintpt
   return arrays;
 }
 
-void update(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
+// One update of plain memory, checked. Only where it runs is left open.
+struct Update {
+  const RuleInfo& rule;
+  unsigned variant;
+  int layout;
+  Arrays arrays;
+  std::int64_t count;
+  const std::vector<double>& hyper;
+  std::int64_t step;
+  double scale;
+  void *master, *average;
+  double unscale, average_decay;
+  std::uint64_t seed;
+  std::int64_t count_of_step;
+  std::uint32_t first;
+
+  Types types() const { return layouts()[static_cast<std::size_t>(layout)]; }
+  unsigned extras() const { return variant & ~kFlagMask; }
+};
+
+// Binds what runs an update. own: the names of what it is told beside, which stand after the scale.
+template <class... Own, class... Name>
+void def_update(py::module_& module, const char* name, void (*run)(const Update&, Own...),
+                const Name&... own) {
+  module.def(
+      name,
+      [run](const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
             std::uintptr_t grad, const std::vector<std::uintptr_t>& states, std::int64_t count,
-            const std::vector<double>& hyper, std::int64_t step, double scale, int threads,
+            const std::vector<double>& hyper, std::int64_t step, double scale, Own... beside,
             std::uintptr_t master, std::uintptr_t average, double unscale, double average_decay,
             std::uint64_t seed, std::int64_t count_of_step, std::uint32_t first) {
-  const RuleInfo& rule = find_rule(rule_name);
-  const Arrays arrays =
-      arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master, average);
-  if (count == 0) return;
-  const Scalars scalars = rule.prepare(hyper.data(), step, scale);
-  const Work work = {arrays,
-                     scalars.data(),
-                     layouts()[static_cast<std::size_t>(layout)],
-                     variant & ~kFlagMask,
-                     pointer(master),
-                     pointer(average),
-                     first,
-                     prepare_extras(unscale, average_decay, seed, count_of_step)};
-  threads = available_threads(threads);
-  const WithoutGil others_may_run;
-  run_update({{work, count, find_kernel(rule, variant, layout), false}}, threads);
+        const RuleInfo& rule = find_rule(rule_name);
+        run({rule, variant, layout,
+             arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master,
+                       average),
+             count, hyper, step, scale, pointer(master), pointer(average), unscale, average_decay,
+             seed, count_of_step, first},
+            beside...);
+      },
+      "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a, "count"_a, "hyper"_a,
+      "step"_a, "scale"_a, own..., "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0,
+      "average_decay"_a = 0.0, "seed"_a = 0, "count_of_step"_a = 1, "first"_a = 0);
 }
 
-// Many updates of one rule and its hyper-parameters, in one call. The states of an array follow
-// those of the one before.
-void updates(const std::string& rule_name, unsigned variant, const std::vector<int>& layouts_of,
-             const std::vector<std::uintptr_t>& params, const std::vector<std::uintptr_t>& grads,
-             const std::vector<std::uintptr_t>& states, const std::vector<std::int64_t>& counts,
-             const std::vector<double>& hyper, const std::vector<std::int64_t>& steps, double scale,
-             int threads, const std::vector<std::uintptr_t>& masters,
-             const std::vector<std::uintptr_t>& averages, double average_decay, std::uint64_t seed,
-             const std::vector<std::int64_t>& counts_of_steps,
-             const std::vector<std::uint32_t>& firsts) {
-  const RuleInfo& rule = find_rule(rule_name);
-  const std::size_t size = params.size();
-  const std::size_t each = size ? states.size() / size : 0;
-  const auto one_each = [size](const auto&... lists) { return ((lists.size() == size) && ...); };
-  if (!one_each(layouts_of, grads, counts, steps, counts_of_steps, firsts) ||
-      states.size() != each * size || (!masters.empty() && !one_each(masters)) ||
-      (!averages.empty() && !one_each(averages))) {
-    throw std::invalid_argument("the lists differ in length");
-  }
-  std::map<std::int64_t, Scalars> scalars;
-  std::vector<Segment> segments;
-  for (std::size_t i = 0; i < size; ++i) {
-    const auto own = states.begin() + static_cast<std::ptrdiff_t>(i * each);
-    const std::uintptr_t master = masters.empty() ? 0 : masters[i];
-    const std::uintptr_t average = averages.empty() ? 0 : averages[i];
-    const Arrays arrays = arrays_of(rule, variant, layouts_of[i], params[i], grads[i],
-                                    {own, own + static_cast<std::ptrdiff_t>(each)}, counts[i],
-                                    hyper, steps[i], master, average);
-    if (counts[i] == 0) continue;
-    auto prepared = scalars.find(steps[i]);
-    if (prepared == scalars.end()) {
-      prepared = scalars.emplace(steps[i], rule.prepare(hyper.data(), steps[i], scale)).first;
-    }
-    const Work work = {arrays,
-                       prepared->second.data(),
-                       layouts()[static_cast<std::size_t>(layouts_of[i])],
-                       variant & ~kFlagMask,
-                       pointer(master),
-                       pointer(average),
-                       firsts[i],
-                       prepare_extras(1.0, average_decay, seed, counts_of_steps[i])};
-    segments.push_back({work, counts[i], find_kernel(rule, variant, layouts_of[i]), false});
-  }
-  if (segments.empty()) return;
+void update(const Update& of, int threads) {
+  if (of.count == 0) return;
+  const Scalars scalars = of.rule.prepare(of.hyper.data(), of.step, of.scale);
+  const Work work = {
+      .arrays = of.arrays,
+      .scalars = scalars.data(),
+      .types = of.types(),
+      .extras = of.extras(),
+      .master = of.master,
+      .average = of.average,
+      .first = of.first,
+      .numbers = prepare_extras(of.unscale, of.average_decay, of.seed, of.count_of_step)};
   threads = available_threads(threads);
-  const py::gil_scoped_release others_may_run;
-  run_update(segments, threads);
+  const WithoutGil others_may_run;
+  run_update({{work, of.count, find_kernel(of.rule, of.variant, of.layout), false}}, threads);
 }
 
 // Gradients by their addresses, checked.
@@ -241,31 +230,23 @@ double total_of_tiles(std::uintptr_t tiles, const std::vector<std::int64_t>& cou
   return add_norms(norms.data(), static_cast<std::int64_t>(norms.size()), largest);
 }
 
-void update_on_gpu(const std::string& rule_name, unsigned variant, int layout, std::uintptr_t param,
-                   std::uintptr_t grad, const std::vector<std::uintptr_t>& states,
-                   std::int64_t count, const std::vector<double>& hyper, std::int64_t step,
-                   double scale, int device, std::uintptr_t stream, std::uintptr_t master,
-                   std::uintptr_t average, double unscale, double average_decay, std::uint64_t seed,
-                   std::int64_t count_of_step, std::uint32_t first) {
-  const RuleInfo& rule = find_rule(rule_name);
-  const Arrays arrays =
-      arrays_of(rule, variant, layout, param, grad, states, count, hyper, step, master, average);
+void update_on_gpu(const Update& of, int device, std::uintptr_t stream) {
   check_gpu(device);
-  if (count == 0) return;
+  if (of.count == 0) return;
   cuda::Launch launch = {};
-  launch.host_step = count_of_step;
-  launch.rule_step = step;
-  launch.types = layouts()[static_cast<std::size_t>(layout)];
-  launch.extras = variant & ~kFlagMask;
-  launch.unscale = unscale;
-  launch.average_decay = average_decay;
-  launch.seed = seed;
-  launch.sign = scale;
-  for (std::size_t i = 0; i < hyper.size(); ++i) launch.hyper[i].value = hyper[i];
+  launch.host_step = of.count_of_step;
+  launch.rule_step = of.step;
+  launch.types = of.types();
+  launch.extras = of.extras();
+  launch.unscale = of.unscale;
+  launch.average_decay = of.average_decay;
+  launch.seed = of.seed;
+  launch.sign = of.scale;
+  for (std::size_t i = 0; i < of.hyper.size(); ++i) launch.hyper[i].value = of.hyper[i];
   cuda::Table table(device);
-  cuda::run(device, pointer(stream), layout,
-            rule.first_variant + static_cast<int>(variant & kFlagMask), launch,
-            {{arrays, 0, count, nullptr, pointer(master), pointer(average), first}}, table);
+  cuda::run(device, pointer(stream), of.layout,
+            of.rule.first_variant + static_cast<int>(of.variant & kFlagMask), launch,
+            {{of.arrays, 0, of.count, nullptr, of.master, of.average, of.first}}, table);
 }
 
 void judge_norm_on_gpu(int device, std::uintptr_t stream, std::uintptr_t found, bool largest,
@@ -326,21 +307,23 @@ PYBIND11_MODULE(_core, module) {
                "stochastic"_a = unsigned{kStochastic}, "average"_a = unsigned{kAverage},
                "writes_grad"_a = unsigned{kWritesGrad});
 
-  module.def("update", &update, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a, "states"_a,
-             "count"_a, "hyper"_a, "step"_a, "scale"_a, "threads"_a, "master"_a = 0,
-             "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0, "seed"_a = 0,
-             "count_of_step"_a = 1, "first"_a = 0);
-  module.def("updates", &updates, "rule"_a, "flags"_a, "layouts"_a, "params"_a, "grads"_a,
-             "states"_a, "counts"_a, "hyper"_a, "steps"_a, "scale"_a, "threads"_a, "masters"_a,
-             "averages"_a, "average_decay"_a, "seed"_a, "counts_of_steps"_a, "firsts"_a);
+  def_update(module, "update", &update, "threads"_a);
+  module.def(
+      "update_group",
+      [](const std::string& rule, unsigned flags, py::list params, py::list grads, py::list states,
+         py::list steps, py::list fresh, const std::vector<double>& hyper, double scale,
+         int threads, double average_decay, std::uint64_t seed,
+         const std::vector<std::uint32_t>& firsts) {
+        return update_group(rule, flags, {params, grads, states, steps, fresh}, hyper, scale,
+                            threads, average_decay, seed, firsts);
+      },
+      "rule"_a, "flags"_a, "params"_a, "grads"_a, "states"_a, "steps"_a, "fresh"_a, "hyper"_a,
+      "scale"_a, "threads"_a, "average_decay"_a, "seed"_a, "firsts"_a);
   module.def("norms", &norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a, "threads"_a);
   module.def("tile_norms", &tile_norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
              "threads"_a);
   module.def("total_of_tiles", &total_of_tiles, "tiles"_a, "counts"_a, "largest"_a);
-  module.def("update_on_gpu", &update_on_gpu, "rule"_a, "flags"_a, "layout"_a, "param"_a, "grad"_a,
-             "states"_a, "count"_a, "hyper"_a, "step"_a, "scale"_a, "device"_a, "stream"_a,
-             "master"_a = 0, "average"_a = 0, "unscale"_a = 1.0, "average_decay"_a = 0.0,
-             "seed"_a = 0, "count_of_step"_a = 1, "first"_a = 0);
+  def_update(module, "update_on_gpu", &update_on_gpu, "device"_a, "stream"_a);
   module.def("norms_on_gpu", &norms_on_gpu, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
              "device"_a, "stream"_a, "room"_a, "found"_a);
   module.def("judge_norm_on_gpu", &judge_norm_on_gpu, "device"_a, "stream"_a, "found"_a,
@@ -393,6 +376,7 @@ PYBIND11_MODULE(_core, module) {
             plan.step(hyper, scales, threads, inputs, extras);
           },
           "hyper"_a, "scales"_a, "threads"_a, "inputs"_a = RawInputs{}, "extras"_a = RawExtras{})
+      .def_property_readonly("has_stepped", &Plan::has_stepped)
       .def("release", &Plan::release)
       .def("devices", &Plan::devices)
       .def_property_readonly("segments", &Plan::segments);

@@ -117,6 +117,7 @@ void Plan::begin(const std::vector<unsigned>& variants) {
     if (!why.empty()) throw std::invalid_argument(why);
   }
   release();
+  has_stepped_ = false;
   variants_ = variants;
   rows_.clear();
   dims_.clear();
@@ -551,30 +552,33 @@ std::vector<std::size_t> Plan::write_norms(double* slots, const std::vector<std:
   return elsewhere;
 }
 
-std::vector<cuda::NormRow> Plan::norm_rows(int device) const {
+const std::vector<cuda::NormRow>& Plan::norm_rows(int device) {
   if (!matched_) throw std::runtime_error("norms must follow a call of matches() that said true");
-  std::vector<cuda::NormRow> rows;
+  if (norm_device_ == device) return norm_rows_;
+  norm_device_.reset();
+  norm_rows_.clear();
   std::int64_t end = 0;
   for (const Row& row : rows_) {
     if (!row.active) continue;
     if (row.kind != Kind::kUpdated || row.device == kCpu || row.device != device) {
       throw std::invalid_argument("a gradient is not on GPU " + std::to_string(device));
     }
-    rows.push_back({row.arrays.grad, end, row.count, row.types.grad});
-    end = cuda::end_of(rows.back());
+    norm_rows_.push_back({row.arrays.grad, end, row.count, row.types.grad});
+    end = cuda::end_of(norm_rows_.back());
   }
-  return rows;
+  norm_device_ = device;
+  return norm_rows_;
 }
 
-std::int64_t Plan::norm_room(int device) const {
-  const auto rows = norm_rows(device);
+std::int64_t Plan::norm_room(int device) {
+  const auto& rows = norm_rows(device);
   const auto count = static_cast<std::int64_t>(rows.size());
   return rows.empty() ? 0 : cuda::end_of(rows.back()) + count;
 }
 
 void Plan::norm_on_gpu(int device, bool largest, std::uintptr_t stream, std::uintptr_t room,
                        const cuda::NormEnd& end) {
-  const auto rows = norm_rows(device);
+  const auto& rows = norm_rows(device);
   if (!end.found || (!room && !rows.empty())) throw std::invalid_argument("there is no room");
   auto& table = norm_tables_.try_emplace(device, device).first->second;
   cuda::run_norm(device, reinterpret_cast<void*>(stream), largest, rows,
@@ -641,12 +645,14 @@ void Plan::step(const std::vector<std::vector<double>>& hyper, const std::vector
     }
     row.first_step = false;
   }
+  has_stepped_ = true;
   release();
 }
 
 void Plan::release() {
   if (running_) throw std::runtime_error(kInUse);
   matched_ = false;
+  norm_device_.reset();
   // The last reference to an object may be here, and what goes with it may come back.
   std::vector<PyObject*> held = std::exchange(held_, {});
   for (std::size_t i = 0; i < held.size(); ++i) {

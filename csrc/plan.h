@@ -78,7 +78,7 @@ class Plan {
 
   // The same where all rows are on one GPU, where it is under way when this returns. room: as many
   // doubles there as norm_room() says.
-  std::int64_t norm_room(int device) const;
+  std::int64_t norm_room(int device);
   void norm_on_gpu(int device, bool largest, std::uintptr_t stream, std::uintptr_t room,
                    const cuda::NormEnd& end);
 
@@ -88,6 +88,9 @@ class Plan {
   void step(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
             int threads, const std::map<int, DeviceInputs>& inputs,
             const std::vector<ExtraInputs>& extras);
+
+  // Whether the table has been through a step since begin().
+  bool has_stepped() const { return has_stepped_; }
 
   // Lets go of the gradients: what matches() found may no longer be true.
   void release();
@@ -162,7 +165,7 @@ class Plan {
   static std::int64_t count_of(const Row& row);  // of its step, from 1
   static std::int64_t step_of(const Row& row);   // as the rule sees it
   void append(const Row& row, const Prepared& prepared);
-  std::vector<cuda::NormRow> norm_rows(int device) const;
+  const std::vector<cuda::NormRow>& norm_rows(int device);
   void append_to_batch(const Row& row);
   void run_batches(const std::vector<std::vector<double>>& hyper, const std::vector<double>& scales,
                    const std::map<int, DeviceInputs>& inputs,
@@ -181,8 +184,11 @@ class Plan {
   std::map<BatchKey, Batch> batches_;
   std::map<std::tuple<int, int, int, bool>, cuda::Table> tables_;  // by the first of a key
   std::map<int, cuda::Table> norm_tables_;                         // of each device
-  bool matched_ = false;  // by the last call, so that step() may run
-  bool running_ = false;  // something that nothing may come between
+  std::vector<cuda::NormRow> norm_rows_;  // of the gradients on that device, where there is one:
+  std::optional<int> norm_device_;        // since the last matches()
+  bool matched_ = false;                  // by the last call, so that step() may run
+  bool running_ = false;                  // something that nothing may come between
+  bool has_stepped_ = false;
 };
 
 }  // namespace flatstep

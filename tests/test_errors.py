@@ -11,8 +11,10 @@ import torch
 from conftest import CASES, Case, assert_unchanged, give_gradients, rich, snapshot, train
 from torch import Tensor
 from torch.nn import Parameter
+from torch_versions import named_or_not
 
 import flatstep
+from flatstep import _core
 
 RULES = list(CASES)
 ADAMS = ("Adam", "AdamW")
@@ -245,7 +247,7 @@ DAMAGES: dict[str, Callable[[torch.optim.Optimizer, Parameter], None]] = {
 }
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["named", "numbered"])
+@named_or_not
 @pytest.mark.parametrize("damage", DAMAGES)
 @rich
 def test_an_unusable_tensor_is_named_and_nothing_is_updated(
@@ -268,19 +270,153 @@ def test_an_unusable_tensor_is_named_and_nothing_is_updated(
         assert_unchanged(opt, before)
 
 
+@named_or_not
 @rich
-def test_a_checkpoint_of_another_shape_is_refused_at_the_latest_by_the_step(case: Case) -> None:
+def test_a_checkpoint_of_another_shape_is_refused_at_the_latest_by_the_step(
+    case: Case, named: bool
+) -> None:
     other = case.torchs([Parameter(torch.rand(2, 2)), Parameter(torch.rand(3))])
     train(other, range(2))
     params = [Parameter(torch.rand(2, 2)), Parameter(torch.rand(3000))]
     kept = [p.detach().clone() for p in params]
-    opt = case.ours([("first", params[0]), ("second", params[1])])
+    given: list[Any] = [("first", params[0]), ("second", params[1])] if named else params
+    opt = case.ours(given)
     give_gradients(params, 0)
 
     def load_and_step() -> None:
         opt.load_state_dict(other.state_dict())
         opt.step()
 
-    with pytest.raises((TypeError, ValueError), match="second"):
+    with pytest.raises((TypeError, ValueError), match="second" if named else "1 of group 0"):
         load_and_step()
     assert all(torch.equal(p, q) for p, q in zip(params, kept, strict=True))
+
+
+# ---- a first step that fails: SGD's is unlike the others, its buffer becomes the gradient itself
+
+
+class Interrupted:
+    """A plan whose update is interrupted: just before it begins, or just after it ended."""
+
+    def __init__(self, plan: Any, when: str) -> None:
+        self.plan, self.when = plan, when
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plan, name)
+
+    def step(self, *arguments: Any) -> None:
+        if self.when == "after":
+            self.plan.step(*arguments)
+        raise KeyboardInterrupt
+
+
+def first_step(**more: Any) -> flatstep.SGD:
+    torch.manual_seed(1)
+    params = [Parameter(torch.randn(33, 3).bfloat16()), Parameter(torch.randn(7).bfloat16())]
+    give_gradients(params, 0)
+    return flatstep.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **more)
+
+
+def interrupt(opt: flatstep.SGD, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(opt), "_make_plan", staticmethod(lambda r: Interrupted(_core.Plan(r), when))
+        )
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+
+
+def no_number(opt: flatstep.SGD, _: pytest.MonkeyPatch) -> None:
+    opt.param_groups[0]["lr"] = "much"
+    with pytest.raises(ValueError, match="much"):
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.1
+
+
+def interrupted(opt: flatstep.SGD, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(opt, "before", monkeypatch)
+
+
+def without_version(opt: flatstep.SGD, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flatstep.optim.updating.increment_version", fail)
+        with pytest.raises(MemoryError):
+            opt.step()
+
+
+FAILURES: dict[str, Callable[[flatstep.SGD, pytest.MonkeyPatch], None]] = {
+    "a hyper-parameter that is no number": no_number,
+    "an interrupt": interrupted,
+    "no memory": without_version,
+}
+
+
+def go_on(opt: torch.optim.Optimizer) -> None:
+    """Two steps; with weight decay, so that the first makes its table anew."""
+    opt.param_groups[0]["weight_decay"] = 0.1
+    for _ in range(2):
+        opt.step()
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_first_step_that_failed_is_still_the_first(
+    failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, expected = first_step(), first_step()
+    before = snapshot(opt)
+    FAILURES[failure](opt, monkeypatch)
+    assert not opt.state
+    assert_unchanged(opt, before)
+    go_on(opt)
+    go_on(expected)
+    assert_unchanged(opt, snapshot(expected))
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_first_step_leaves_the_states_that_were_there(
+    failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as masters that were loaded before it, which alone make no step a second one."""
+    opt, expected = first_step(master="float32"), first_step(master="float32")
+    for each in (opt, expected):
+        each.load_master_parameters([m.clone() for m in each.master_parameters()])
+    before = {param: dict(state) for param, state in opt.state.items()}
+    FAILURES[failure](opt, monkeypatch)
+    for param, state in opt.state.items():
+        assert list(state) == ["master"]
+        assert state["master"] is before[param]["master"]
+    go_on(opt)
+    go_on(expected)
+    assert_unchanged(opt, snapshot(expected))
+
+
+def test_loaded_states_are_still_to_be_gathered_after_a_failed_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opt, loaded = first_step(), first_step()
+    go_on(loaded)
+    opt.load_state_dict(loaded.state_dict())
+    apart = [state["momentum_buffer"] for state in opt.state.values()]
+    interrupt(opt, "before", monkeypatch)
+    assert all(
+        state["momentum_buffer"] is buffer
+        for state, buffer in zip(opt.state.values(), apart, strict=True)
+    )
+    opt.step()
+    storages = {s["momentum_buffer"].untyped_storage().data_ptr() for s in opt.state.values()}
+    assert len(storages) == 1
+
+
+def test_a_first_step_that_was_interrupted_once_it_was_made_is_not_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opt, expected = first_step(), first_step()
+    interrupt(opt, "after", monkeypatch)
+    expected.step()
+    assert_unchanged(opt, snapshot(expected))
+    go_on(opt)
+    go_on(expected)
+    assert_unchanged(opt, snapshot(expected))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch_versions import set_grad_dtype
 
 import flatstep
 
@@ -241,7 +242,7 @@ def bytes_held_and_moved(
     """Per parameter, from the arrays that a step leaves behind."""
     param = torch.nn.Parameter(torch.ones(64, dtype=dtype))
     if grad_dtype != dtype:
-        param.grad_dtype = grad_dtype
+        set_grad_dtype(param, grad_dtype)
     param.grad = torch.ones(64, dtype=grad_dtype)
     opt = flatstep.AdamW([param], **options)
     opt.step()

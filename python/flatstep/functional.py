@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from flatstep._torch import LAYOUT, STORED, Arguments, increment_version, update_memory
-from flatstep.optim.base import RULES, flag_bits
 from flatstep.optim.routes import is_on_gpu, is_plain
+from flatstep.optim.rules import RULES, flag_bits
 
+#: What every function takes, of one kind in one call.
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 
 __all__ = ["adam_", "adamw_", "rmsprop_", "sgd_"]

@@ -120,7 +120,7 @@ class Outcome:
         ahead, self.ahead = self.ahead, None
         return ahead[0] if ahead is not None and ahead[1] == largest else None
 
-    def warn_of_trainer(self, optimizer: torch.optim.Optimizer) -> None:
+    def warn_of_trainer(self, optimizer: object) -> None:
         """Warns, once, where the trainer that calls this optimizer clips as well."""
         if not self.knows_trainer:
             self.knows_trainer = True

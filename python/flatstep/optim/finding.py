@@ -33,7 +33,7 @@ class Finding:
     _make_plan: Callable[[str], _core.Plan] = _core.Plan  # a recording has its own
     _gather: bool  # whether states are to be moved into new flat buffers
     _table: Table | None
-    _fresh: dict[torch.Tensor, torch.Tensor]  # whether a graph's next step is the first
+    _fresh: dict[torch.Tensor, torch.Tensor]  # not 0 where a graph's next step is the first
 
     def _label(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")
@@ -99,7 +99,7 @@ class Finding:
         }
         for found, of in wanted.items():
             state = self.state.get(found.param, {})
-            states.check(state, found, of.names)
+            states.check(state, found, of)
             if routes[found] is not Route.TORCH and (
                 states.are_foreign(state, of)
                 or layout_of(found.param, grad_of(found.param), of.dtypes[0] if of.rule else None)
@@ -111,12 +111,11 @@ class Finding:
             extras.validate_param(group, found.param, found.name)
             if route in (Route.TORCH, Route.SPARSE):
                 extras.refuse(group, found.name)
-        new = [found for found in wanted if not self.state.get(found.param)]
+        before = states.Before(self.state, [found.param for found in wanted])
         try:
-            return self._fill(flags, everything, routes, wanted, new)
+            return self._fill(flags, everything, routes, wanted, before)
         except BaseException:
-            for found in new:
-                self.state.pop(found.param, None)
+            before.put_back(self.state)
             raise
 
     def _fill(
@@ -125,7 +124,7 @@ class Finding:
         everything: list[Found],
         routes: dict[Found, Route],
         wanted: dict[Found, Wanted],
-        new: list[Found],
+        before: states.Before,
     ) -> Table:
         """Completes the states and makes the table of them."""
         with torch.no_grad():
@@ -173,12 +172,11 @@ class Finding:
         plan.end(self.state)
         devices = plan.devices()
         gpus = [device for device in devices if device >= 0]
-        self._gather = False
         self._table = Table(
             plan,
             flags,
             others,
-            new,
+            before,
             list(written.values()),
             masters,
             cleared,
@@ -197,6 +195,6 @@ class Finding:
         rule = VARIANTS[self.rule][flags & extras.RULE_FLAGS]
         names = (*rule, *extras.names(group))
         usual = states.dtype_of(self.state.get(param, {}), found, rule)
-        return Wanted(
-            rule, names, tuple(extras.dtype_of(name, group, param) or usual for name in names)
-        )
+        dtypes = tuple(extras.dtype_of(name, group, param) or usual for name in names)
+        always = (*(("step",) if self.counts_steps else ()), *VARIANTS[self.rule][0])
+        return Wanted(rule, names, dtypes, always)

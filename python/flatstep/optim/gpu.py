@@ -145,14 +145,24 @@ def _norms(
 
 
 class Reader:
-    """The inputs of each GPU, and the tensors that they are the addresses of."""
+    """What a step reads on each GPU, and the tensors that it is the addresses of.
 
-    def __init__(self, gpus: Sequence[int]) -> None:
-        self._gpus = gpus
-        self._kept: list[torch.Tensor] = []  # memory is given back in the order of the stream
+    Args:
+        gpus: Which they are.
+        hyper: Of each group, its hyper-parameters.
+        grad_scale: What GradScaler has multiplied the gradients with.
+        found_inf: Whether it found an overflow.
+        deferred: Whether these are read there; else there is nothing to read but the stream.
+        norm: Of the gradients, where it is read there.
+        skips: Whether the step is left out where it is not finite.
 
-    def inputs(
+    Attributes:
+        inputs: By the GPUs.
+    """
+
+    def __init__(
         self,
+        gpus: Sequence[int],
         hyper: Sequence[Sequence[Any]],
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
@@ -160,11 +170,11 @@ class Reader:
         deferred: bool,
         norm: Norm | None = None,
         skips: bool = False,
-    ) -> dict[int, Inputs]:
-        """What to read on each GPU; where nothing is deferred, only its stream."""
+    ) -> None:
+        self._kept: list[torch.Tensor] = []  # memory is given back in the order of the stream
+        self.inputs: dict[int, Inputs] = {}
         at = 0 if norm is None else norm.found.data_ptr()
-        everything = {}
-        for index in self._gpus:
+        for index in gpus:
             scale, inf = (
                 self._copy(value, index, torch.float32).data_ptr()
                 if deferred and value is not None
@@ -178,8 +188,7 @@ class Reader:
                 ]
                 for values in hyper
             ]
-            everything[index] = (stream_of(index), scale, inf, addresses, at, skips)
-        return everything
+            self.inputs[index] = (stream_of(index), scale, inf, addresses, at, skips)
 
     def _number(self, value: torch.Tensor, gpu: int) -> tuple[int, bool]:
         exact = value.dtype in (torch.float32, torch.float64)

@@ -8,8 +8,9 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from flatstep.optim.base import Optimizer, Variant, flag_bits, validate_implementation
+from flatstep.optim.base import Optimizer, validate_implementation
 from flatstep.optim.extras import Extras
+from flatstep.optim.rules import Variant, flag_bits
 
 _FLAGS = flag_bits("sgd")
 _MOMENTUM, _NESTEROV, _L2 = _FLAGS["momentum"], _FLAGS["nesterov"], _FLAGS["l2"]

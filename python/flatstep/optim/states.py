@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +27,36 @@ _ALIGNMENT = 64  # bytes
 
 
 class Wanted(NamedTuple):
-    """The states that a parameter is to have: the rule's and those beside it."""
+    """The states that a parameter is to have: the rule's and those beside it.
+
+    ``always`` are those without which no state of the rule is whole, the step's count among them.
+    """
 
     rule: tuple[str, ...]
     names: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    always: tuple[str, ...] = ()
+
+
+class Before:
+    """The states of parameters as they are now, for a step that then is not made."""
+
+    def __init__(
+        self, states: Mapping[torch.Tensor, dict[str, Any]], params: Iterable[torch.Tensor]
+    ) -> None:
+        self._params = list(params)
+        own = [(param, states[param]) for param in self._params if param in states]
+        self._kept = {param: (state, dict(state)) for param, state in own}
+
+    def put_back(self, states: MutableMapping[torch.Tensor, dict[str, Any]]) -> None:
+        """Makes the states what they were: the same tensors, and none where there was none."""
+        for param in self._params:
+            if param not in self._kept:
+                states.pop(param, None)
+                continue
+            state, tensors = self._kept[param]
+            state.clear()
+            state.update(tensors)
 
 
 def zeros_like_all(
@@ -62,10 +87,10 @@ def zeros_like_all(
     return views
 
 
-def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
+def check(state: dict[str, Any], found: Found, wanted: Wanted) -> None:
     """Raises where a parameter's state cannot be its own: TypeError, ValueError."""
     param = found.param
-    for name in names:
+    for name in wanted.names:
         tensor = state.get(name)
         if tensor is None:
             continue
@@ -82,6 +107,15 @@ def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
     step = state.get("step")
     if step is not None and not 0 <= float(step) < 2**53:
         raise ValueError(f"state 'step' of {found.name} is {float(step)}; it must count from 0")
+    there = [name for name in wanted.always if state.get(name) is not None]
+    lacking = [name for name in wanted.always if name not in there]
+    is_begun = bool(there) and (there != ["step"] or float(state["step"]) > 0)
+    if lacking and is_begun:
+        raise ValueError(
+            f"the state of {found.name} has {sorted(state)}, but no '{lacking[0]}': it is not "
+            "whole, or of another library; give its tensors torch's names before you load it, or "
+            "empty it to start anew"
+        )
 
 
 def dtype_of(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> torch.dtype:

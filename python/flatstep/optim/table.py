@@ -10,7 +10,7 @@ from flatstep import _core, flat
 from flatstep.optim import clipping
 from flatstep.optim.routes import Found, Route
 from flatstep.optim.sharding import Norms
-from flatstep.optim.states import Wanted
+from flatstep.optim.states import Before, Wanted
 from flatstep.optim.weights import reconcile
 
 
@@ -32,7 +32,7 @@ class Table:
         plan: The kernels' part of it.
         flags: Each group's variant: the rule's flags and the extras.
         others: The parameters that the plan's one call does not update.
-        new: The parameters that had no state before.
+        before: The states as they were, until the first step is made.
         written: A tensor of each storage that a step writes beside the parameters.
         masters: The 16-bit parameters, each with the float32 copy that it follows.
         cleared: Of each buffer whose gradients a step clears, how many there are.
@@ -48,7 +48,7 @@ class Table:
     plan: _core.Plan
     flags: list[int]
     others: list[Other]
-    new: list[Found]
+    before: Before | None
     written: list[torch.Tensor]
     masters: list[tuple[torch.Tensor, torch.Tensor]]
     cleared: dict[flat.FlatBuffer, int]

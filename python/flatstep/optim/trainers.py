@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
-
 _LOOKS = 32  # norms of an optimizer that are looked at; large ones are in the first steps
 _IN_A_ROW = 3
 
@@ -42,7 +40,7 @@ _KINDS = {
 }
 
 
-def warn_of_trainer(optimizer: torch.optim.Optimizer) -> bool:
+def warn_of_trainer(optimizer: object) -> bool:
     """Warns where a trainer that is calling this optimizer, which clips, clips as well.
 
     Returns:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flatstep import reference
-from flatstep.optim.base import RULES, Optimizer
+from flatstep.optim.base import Optimizer
+from flatstep.optim.rules import RULES
 from flatstep.profiling.implementations import Implementation, build_torch
 from flatstep.profiling.workloads import Shape
 

@@ -14,7 +14,8 @@ from torch.nn import Parameter
 
 import flatstep
 from flatstep import optim
-from flatstep.optim.base import RULES, Optimizer
+from flatstep.optim.base import Optimizer
+from flatstep.optim.rules import RULES
 from flatstep.profiling.limit import Pages, Traffic
 from flatstep.profiling.workloads import Shape, Workload
 from flatstep.subjects import Subject

@@ -15,7 +15,8 @@ from torch import Tensor
 from flatstep import _core, reference
 from flatstep._torch import STORED
 from flatstep.optim import extras
-from flatstep.optim.base import RULES, Optimizer
+from flatstep.optim.base import Optimizer
+from flatstep.optim.rules import RULES
 from flatstep.optim.weights import join
 from flatstep.profiling import memory
 from flatstep.profiling.case import fill_in, limit_name
@@ -58,7 +59,7 @@ class PassTask:
 
     @property
     def weight(self) -> float:
-        """Its share of the time: about the seconds that it takes."""
+        """About the seconds that it takes, which is its share of the time."""
         gigabytes = _size(self.work).moved * self.workload.parameters / 1e9
         return 1.0 + 1.5 * gigabytes + len(self.workload.shapes) / 2500
 
@@ -104,7 +105,7 @@ def plan_passes(
 
     Args:
         names: Names in :data:`~flatstep.profiling.works.WORKS`; None, or "all" in it, for all.
-        workloads: Names in :data:`~flatstep.profiling.WORKLOADS`, or workloads; None for
+        workloads: Names in :data:`~flatstep.profiling.workloads.WORKLOADS`, or workloads; None for
             ResNet-50's.
 
     Raises:

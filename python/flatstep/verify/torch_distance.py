@@ -15,7 +15,8 @@ from torch import Tensor
 import flatstep
 from flatstep import reference
 from flatstep._torch import DTYPES
-from flatstep.optim.base import RULES, Optimizer
+from flatstep.optim.base import Optimizer
+from flatstep.optim.rules import RULES
 from flatstep.verify import ulp
 from flatstep.verify.cases import FORMATS, Bits
 from flatstep.verify.results import Distance
