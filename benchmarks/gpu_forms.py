@@ -31,7 +31,7 @@ from torch.nn import Parameter
 import flatstep
 from flatstep.profiling.device import device_named
 from flatstep.profiling.limit import Copies, bytes_moved
-from flatstep.profiling.measure import Race, on_the_gpu
+from flatstep.profiling.measure import LEAST_ROUNDS, Race, on_the_gpu
 from flatstep.profiling.workloads import Shape
 
 FORM = "FLATSTEP_CUDA_FORM"
@@ -101,6 +101,7 @@ class Found:
     milliseconds: float
     spread: float  # between the quartiles, as a share of the median
     share: float  # of the copy's rate
+    rounds: int
 
     def line(self) -> str:
         return (
@@ -164,7 +165,15 @@ def measured(case: Case, seconds: float) -> list[Found]:
     print(f"{case}: the copy {copy * 1e3:.3f} ms, {rate:.0f} GB/s")
     dtype = name_of(case.dtype)
     found = [
-        Found(str(case), dtype, form, each.median * 1e3, each.spread, copy / each.median)
+        Found(
+            case=str(case),
+            dtype=dtype,
+            form=form,
+            milliseconds=each.median * 1e3,
+            spread=each.spread,
+            share=copy / each.median,
+            rounds=each.rounds,
+        )
         for form, each in timings.items()
     ]
     failed = [f"  {form}: {why}" for form, why in race.failures.items()]
@@ -175,6 +184,8 @@ def measured(case: Case, seconds: float) -> list[Found]:
 def verdict(found: Sequence[Found], dtype: str) -> str:
     """Which form is faster for a dtype, each in the shape that is best over all its cases."""
     of_dtype = [each for each in found if each.dtype == dtype]
+    if min(each.rounds for each in of_dtype) < LEAST_ROUNDS:
+        return f"{dtype}: no verdict: fewer than {LEAST_ROUNDS} rounds; give it more --seconds"
     cases = {each.case for each in of_dtype}
     by_form: dict[str, list[Found]] = {}
     for each in of_dtype:

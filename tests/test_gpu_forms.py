@@ -19,9 +19,9 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu_forms
 
 
-def found(forms: ModuleType, shares: dict[str, Sequence[float]], spread: float = 0.004) -> list:
+def found(forms: ModuleType, shares: dict[str, Sequence[float]], rounds: int = 5) -> list:
     return [
-        forms.Found(f"case {place}", "float32", form, 1.0, spread, share)
+        forms.Found(f"case {place}", "float32", form, 1.0, 0.004, share, rounds)
         for form, of_cases in shares.items()
         for place, share in enumerate(of_cases)
     ]
@@ -53,3 +53,8 @@ def test_a_form_that_never_ran_is_no_loser(forms: ModuleType) -> None:
     verdict = forms.verdict(found(forms, {"vector": (0.9,)}), "float32")
     assert "no verdict" in verdict
     assert forms.BULK[0] in verdict
+
+
+def test_too_few_rounds_decide_nothing(forms: ModuleType) -> None:
+    shares = {"vector": (0.9,), forms.BULK[0]: (0.5,)}
+    assert "no verdict" in forms.verdict(found(forms, shares, rounds=4), "float32")

@@ -19,6 +19,7 @@ done
 mkdir -p "$out"
 : >"$out/summary.txt"
 : >"$out/log.txt"
+trap 'rm -f "$out/step.txt"' EXIT
 failed=0
 deadline=525
 PATH=$(python3 -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH:/usr/local/cuda/bin
@@ -101,7 +102,6 @@ else
 fi
 sanitize racecheck racecheck
 sanitize initcheck initcheck
-rm -f "$out/step.txt"
 printf '\n=== summary ===\n'
 cat "$out/summary.txt"
 exit "$failed"
