@@ -52,7 +52,7 @@ class Optimizer(Weights, Updating, torch.optim.Optimizer):
             )
         defaults = {**defaults, **options}
         self._validate(defaults)
-        self._turn = ending.new_turn()
+        self._turn = ending.Turn()
         self._table: Table | None = None
         self._gather = False
         self._housed: flat.Housed | None = None
@@ -107,7 +107,7 @@ class Optimizer(Weights, Updating, torch.optim.Optimizer):
             self._keep_dtypes(loading)
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
-        self._turn = ending.new_turn()
+        self._turn = ending.Turn()
         self._table = None
         self._housed = None
         self._fresh = {}
@@ -146,12 +146,13 @@ class Optimizer(Weights, Updating, torch.optim.Optimizer):
         # first from one after an overflow.
         left_to_gpu = found_inf is not None and self.counts_steps and is_on_gpu(found_inf)
         if found_inf is None or left_to_gpu or not float(found_inf):
-            if self._turn.acquire(blocking=False):
+            lock = self._turn.lock
+            if lock.acquire(blocking=False):
                 try:
                     self._update()
                 finally:
-                    self._turn.release()
-            elif ending.may_go_on():
+                    lock.release()
+            elif ending.may_go_on(self._turn):
                 self._update()
             else:
                 raise RuntimeError("step() of this optimizer is running in another thread")

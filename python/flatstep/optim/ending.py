@@ -12,41 +12,50 @@ import os
 import threading
 import time
 import weakref
-from typing import Any
 
 PATIENCE = 10.0  # seconds that a step may still take, or that whoever waits for a thread is kept
 
-_turns: weakref.WeakSet[Any] = weakref.WeakSet()
-_has_begun = False
-_gate = threading.Lock()
-_gate.acquire()
+_taken = threading.Lock()
+_taken.acquire()
 
 
-def new_turn() -> Any:
-    """A lock that is held during an optimizer's steps, and from the end of the process on."""
-    turn = threading.Lock()
-    _turns.add(turn)
-    return turn
+class Turn:
+    """What holds the steps of an optimizer apart.
+
+    Attributes:
+        lock: To be held during a step; once the process ends, one that is never let go of.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        _turns.add(self)
 
 
-def may_go_on() -> bool:
-    """Whether a turn that is taken was taken by the end, and the step may be made without it.
+_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+
+def may_go_on(turn: Turn) -> bool:
+    """Whether a turn is taken by the end of the process, and the step may be made without it.
 
     So it may in the main thread, where functions of :mod:`atexit` run. Other threads wait here, and
     go on only where one of those seems to wait for them.
     """
-    if _has_begun and threading.current_thread() is not threading.main_thread():
-        _gate.acquire(timeout=PATIENCE)
-    return _has_begun
+    if turn.lock is not _taken:
+        return False
+    if threading.current_thread() is not threading.main_thread():
+        _taken.acquire(timeout=PATIENCE)
+    return True
 
 
 @atexit.register
 def _take_turns() -> None:
-    global _has_begun
-    _has_begun = True
-    deadline = time.monotonic() + PATIENCE
+    under_way = []
     for turn in list(_turns):
-        turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        under_way.append(turn.lock)
+        turn.lock = _taken
+    deadline = time.monotonic() + PATIENCE
+    for lock in under_way:
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 # A child has no other thread than the one that forked.
