@@ -24,7 +24,7 @@ from figure import Figure
 from torch.nn import Parameter
 
 import flatstep
-from flatstep.profiling.device import device_named
+from flatstep.profiling.device import Device, device_named
 from flatstep.profiling.limit import Copies, bytes_moved
 from flatstep.profiling.measure import Race, Stopwatch, on_the_gpu, on_the_host
 from flatstep.profiling.workloads import WORKLOADS, Shape
@@ -178,6 +178,17 @@ def captured_step(build: Build) -> Callable[[], object]:
     return graph.replay
 
 
+def machine_facts(device: Device) -> dict[str, str | None]:
+    """What figures are of."""
+    return {
+        "gpu": device.title,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "flatstep": flatstep.__version__,
+        "system": platform.platform(),
+    }
+
+
 def main() -> int:
     """Measures, prints, and says whether all is met."""
     parser = argparse.ArgumentParser(description="Measures every figure promised on a GPU.")
@@ -187,13 +198,7 @@ def main() -> int:
         device = device_named("cuda")
     except ValueError as error:
         parser.error(str(error))
-    machine = {
-        "gpu": device.title,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "flatstep": flatstep.__version__,
-        "system": platform.platform(),
-    }
+    machine = machine_facts(device)
     print(machine)
     rate = copy_rate(device.where)
     figures: list[Figure] = [Figure("a copy on the device: GB/s", rate / 1e9)]

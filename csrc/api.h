@@ -5,6 +5,7 @@
 #include "cpu/threads.h"
 #include "cpu/update.h"
 #include "cuda/device.h"
+#include "group_update.h"
 #include "plan.h"
 #include "registry.h"
 #include "torch_tensor.h"

@@ -152,55 +152,6 @@ void update(const Update& of, int threads) {
   run_update({{work, of.count, find_kernel(of.rule, of.variant, of.layout), false}}, threads);
 }
 
-// Many updates of one rule and its hyper-parameters, in one call. The states of an array follow
-// those of the one before.
-void updates(const std::string& rule_name, unsigned variant, const std::vector<int>& layouts_of,
-             const std::vector<std::uintptr_t>& params, const std::vector<std::uintptr_t>& grads,
-             const std::vector<std::uintptr_t>& states, const std::vector<std::int64_t>& counts,
-             const std::vector<double>& hyper, const std::vector<std::int64_t>& steps, double scale,
-             int threads, const std::vector<std::uintptr_t>& masters,
-             const std::vector<std::uintptr_t>& averages, double average_decay, std::uint64_t seed,
-             const std::vector<std::int64_t>& counts_of_steps,
-             const std::vector<std::uint32_t>& firsts) {
-  const RuleInfo& rule = find_rule(rule_name);
-  const std::size_t size = params.size();
-  const std::size_t each = size ? states.size() / size : 0;
-  const auto one_each = [size](const auto&... lists) { return ((lists.size() == size) && ...); };
-  if (!one_each(layouts_of, grads, counts, steps, counts_of_steps, firsts) ||
-      states.size() != each * size || (!masters.empty() && !one_each(masters)) ||
-      (!averages.empty() && !one_each(averages))) {
-    throw std::invalid_argument("the lists differ in length");
-  }
-  std::map<std::int64_t, Scalars> scalars;
-  std::vector<Segment> segments;
-  for (std::size_t i = 0; i < size; ++i) {
-    const auto own = states.begin() + static_cast<std::ptrdiff_t>(i * each);
-    const std::uintptr_t master = masters.empty() ? 0 : masters[i];
-    const std::uintptr_t average = averages.empty() ? 0 : averages[i];
-    const Arrays arrays = arrays_of(rule, variant, layouts_of[i], params[i], grads[i],
-                                    {own, own + static_cast<std::ptrdiff_t>(each)}, counts[i],
-                                    hyper, steps[i], master, average);
-    if (counts[i] == 0) continue;
-    auto prepared = scalars.find(steps[i]);
-    if (prepared == scalars.end()) {
-      prepared = scalars.emplace(steps[i], rule.prepare(hyper.data(), steps[i], scale)).first;
-    }
-    const Work work = {arrays,
-                       prepared->second.data(),
-                       layouts()[static_cast<std::size_t>(layouts_of[i])],
-                       variant & ~kFlagMask,
-                       pointer(master),
-                       pointer(average),
-                       firsts[i],
-                       prepare_extras(1.0, average_decay, seed, counts_of_steps[i])};
-    segments.push_back({work, counts[i], find_kernel(rule, variant, layouts_of[i]), false});
-  }
-  if (segments.empty()) return;
-  threads = available_threads(threads);
-  const py::gil_scoped_release others_may_run;
-  run_update(segments, threads);
-}
-
 // Gradients by their addresses, checked.
 std::vector<Gradient> gradients_of(const std::vector<std::uintptr_t>& grads,
                                    const std::vector<std::string>& dtypes,
@@ -357,9 +308,17 @@ PYBIND11_MODULE(_core, module) {
                "writes_grad"_a = unsigned{kWritesGrad});
 
   def_update(module, "update", &update, "threads"_a);
-  module.def("updates", &updates, "rule"_a, "flags"_a, "layouts"_a, "params"_a, "grads"_a,
-             "states"_a, "counts"_a, "hyper"_a, "steps"_a, "scale"_a, "threads"_a, "masters"_a,
-             "averages"_a, "average_decay"_a, "seed"_a, "counts_of_steps"_a, "firsts"_a);
+  module.def(
+      "update_group",
+      [](const std::string& rule, unsigned flags, py::list params, py::list grads, py::list states,
+         py::list steps, py::list fresh, const std::vector<double>& hyper, double scale,
+         int threads, double average_decay, std::uint64_t seed,
+         const std::vector<std::uint32_t>& firsts) {
+        return update_group(rule, flags, {params, grads, states, steps, fresh}, hyper, scale,
+                            threads, average_decay, seed, firsts);
+      },
+      "rule"_a, "flags"_a, "params"_a, "grads"_a, "states"_a, "steps"_a, "fresh"_a, "hyper"_a,
+      "scale"_a, "threads"_a, "average_decay"_a, "seed"_a, "firsts"_a);
   module.def("norms", &norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a, "threads"_a);
   module.def("tile_norms", &tile_norms, "grads"_a, "dtypes"_a, "counts"_a, "largest"_a,
              "threads"_a);

@@ -6,18 +6,23 @@ narrows them, `@rich` takes the fullest set of each rule. A new case is a line i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch_versions import NEWER_KEYS
 
 import flatstep
 from flatstep import _core
 from flatstep.optim import base, gpu
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Built with FLATSTEP_CUDA=EMULATED: the host's memory counts as a GPU's (tools/emulate_gpu.sh).
 EMULATED = _core.gpu_count() == 1 and not torch.cuda.is_available()
@@ -114,7 +119,10 @@ class Case:
 
     def torchs(self, params: Iterable[Any], **more: Any) -> torch.optim.Optimizer:
         options = {**self.options, "foreach": False, **more}
-        return getattr(torch.optim, self.rule)(params, **options)
+        rule = self.rule
+        if "decoupled_weight_decay" in NEWER_KEYS and options.pop("decoupled_weight_decay", False):
+            rule = "AdamW"
+        return getattr(torch.optim, rule)(params, **options)
 
     def __str__(self) -> str:
         return f"{self.rule}-{self.name}"
@@ -151,12 +159,45 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "is_on_gpu", lambda value: True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="Where test_distributed.py has its tensors: on gloo, or on NCCL with a GPU a rank.",
+    )
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     narrowed = any(
         "case" in str(m.args[:1]) for m in metafunc.definition.iter_markers("parametrize")
     )
     if "case" in metafunc.fixturenames and not narrowed:
         metafunc.parametrize("case", all_cases(), ids=str)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium or Chrome, which finds no host."""
+    from playwright.sync_api import sync_playwright  # not where a GPU's tests alone are run
+
+    names = ("chromium", "google-chrome", "chromium-browser")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("Chromium is absent: apt-get install chromium, or Google's Chrome")
+    flags = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=flags)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(autouse=True)
@@ -190,12 +231,12 @@ def clones(params: Iterable[Tensor]) -> list[Parameter]:
 
 def gradient(p: Tensor, step: int, index: int = 0) -> Tensor:
     """A gradient that depends on `step` and `index` only; every seventh element is zero."""
-    generator = torch.Generator().manual_seed(1000 * step + index)
+    generator = torch.Generator("cpu").manual_seed(1000 * step + index)
     wide = torch.complex128 if p.dtype.is_complex else torch.float64
-    g = torch.randn(tuple(p.shape), dtype=wide, generator=generator)
+    g = torch.randn(tuple(p.shape), dtype=wide, generator=generator, device="cpu")
     g = (g + 0.5 * g.sgn()) * (1.0, 0.25, 0.5)[step % 3]
     g.view(-1)[::7] = 0
-    return g.to(p.dtype)
+    return g.to(p.device, p.dtype)
 
 
 def give_gradients(params: Iterable[Parameter], step: int) -> None:

@@ -70,9 +70,12 @@ def check(**values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[.
     return register
 
 
-def run(name: str, rank: int, folder: Path) -> None:
-    """Runs a check on this rank."""
+def run(name: str, rank: int, folder: Path, device: str) -> None:
+    """Runs a check on this rank; what it makes is on ``device``, on a GPU of its own with cuda."""
     warnings.simplefilter("error")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    torch.set_default_device(device)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
@@ -86,13 +89,19 @@ def run(name: str, rank: int, folder: Path) -> None:
 
 def join_group(rank: int, world: int, store: Path) -> None:
     """Joins a group that needs no port: the ranks find each other through a file."""
+    cuda = device_type() == "cuda"
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",  # what is offloaded has collectives too
         store=dist.FileStore(str(store), world),
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=COLLECTIVE_LIMIT),
+        device_id=torch.device("cuda", torch.cuda.current_device()) if cuda else None,
     )
+
+
+def device_type() -> str:
+    return torch.get_default_device().type
 
 
 # ---- optimizers and what one process makes of the same
@@ -122,7 +131,17 @@ TILE = reference.TILE
 
 def mesh(*shape: int) -> DeviceMesh:
     shape = shape or (WORLD,)
-    return init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc"[: len(shape)]))
+    return init_device_mesh(device_type(), shape, mesh_dim_names=tuple("abc"[: len(shape)]))
+
+
+def seeded(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+    """Makes tensors of the same random numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def numbers(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(device_type())
+
+    return numbers
 
 
 class Bag(nn.Module):
@@ -130,10 +149,9 @@ class Bag(nn.Module):
 
     def __init__(self, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = F32) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(3)
+        numbers = seeded(3)
         for index, shape in enumerate(shapes):
-            value = torch.randn(shape, generator=generator).to(dtype)
-            self.register_parameter(f"p{index}", Parameter(value))
+            self.register_parameter(f"p{index}", Parameter(numbers(shape).to(dtype)))
 
 
 # Rows that do not divide by two, fewer rows than ranks, and none.
@@ -149,14 +167,14 @@ def whole(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.int16:
         return tensor.full_tensor().detach()
     pieces: list[Any] = [None] * dist.get_world_size()  # gloo has no collective of 16-bit integers
-    dist.all_gather_object(pieces, tensor.to_local())
-    return torch.cat(pieces)
+    dist.all_gather_object(pieces, tensor.to_local().cpu())
+    return torch.cat(pieces).to(tensor.device)
 
 
 def assert_same_bits(a: Tensor, b: Tensor, what: str) -> None:
     assert a.dtype == b.dtype, (what, a.dtype, b.dtype)
     assert a.shape == b.shape, (what, a.shape, b.shape)
-    assert torch.equal(bits(a), bits(b)), (what, a, b)
+    assert torch.equal(bits(a).cpu(), bits(b).cpu()), (what, a, b)
 
 
 def assert_same_run(
@@ -207,15 +225,14 @@ def fsdp2_steps_as_one_process(rank: int, folder: Path, name: str, mode: str) ->
 
 def network(dtype: torch.dtype = F32) -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1)
-    ).to(dtype)
+    with torch.device("cpu"):  # the same weights on every device
+        layers = [nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1)]
+    return nn.Sequential(*layers).to(device_type(), dtype)
 
 
 def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(100 * step + rank)
     dtype = next(model.parameters()).dtype
-    x = torch.randn(6, 9, generator=generator).to(dtype)
+    x = seeded(100 * step + rank)((6, 9)).to(dtype)
     loss: Tensor = model(x).float().square().mean()
     return loss
 
@@ -223,7 +240,7 @@ def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
 def follow(plain: nn.Module, model: nn.Module) -> None:
     """Gives a model in one process the whole gradients of a sharded one."""
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        p.grad = None if q.grad is None else whole(q.grad).clone()
+        p.grad = None if q.grad is None else whole(q.grad).to(p.device, copy=True)
 
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -359,7 +376,7 @@ def chance_counts_elements_as_one_process_does(rank: int, folder: Path, dim: int
         if dim == 0 or i in (1, 3, 4):
             assert_same_bits(whole(p), q.detach(), f"parameter {i}")
     copies: list[Any] = [None] * WORLD
-    dist.all_gather_object(copies, [replicated.to_local().detach(), plain.detach()])
+    dist.all_gather_object(copies, [replicated.to_local().detach().cpu(), plain.detach().cpu()])
     for a, b in zip(*copies, strict=True):
         assert_same_bits(a, b, "replica")
 
@@ -379,9 +396,9 @@ def states_stay_where_an_offloaded_parameter_is(rank: int, folder: Path) -> None
         device_mesh._device_type = "meta"
         opt.step()
         masters = list(opt.master_parameters())
-        device_mesh._device_type = "cpu"
+        device_mesh._device_type = device_type()
         alone.step()
-        assert all(master.device.type == "cpu" for master in masters)
+        assert all(master.device.type == device_type() for master in masters)
     assert_same_run(opt, alone)
 
 
@@ -413,7 +430,8 @@ def defined_norm(gradients: list[list[Tensor]], norm_type: float) -> float:
         for shard in shards:
             for tile in shard.reshape(-1).split(TILE):
                 if tile.numel():
-                    part = reference.norm_total([(tile.numpy(), str(tile.dtype)[6:])], norm_type)
+                    array = (tile.cpu().numpy(), str(tile.dtype)[6:])
+                    part = reference.norm_total([array], norm_type)
                     own = max(own, part) if norm_type == math.inf else own + part
         total = max(total, own) if norm_type == math.inf else total + own
     return reference.norm_of(total, norm_type, 1.0)
@@ -433,7 +451,7 @@ def the_norm_is_over_all_shards(rank: int, folder: Path, norm_type: float, shape
     fulls = [whole(param.grad) for param in params]
     shards = [list(full.chunk(WORLD)) for full in fulls]
     assert float(opt.grad_norm) == torch.tensor(defined_norm(shards, norm_type)).float()
-    alone = reference.norm([(full.numpy(), "float32") for full in fulls], norm_type)
+    alone = reference.norm([(full.cpu().numpy(), "float32") for full in fulls], norm_type)
     if shapes == "aligned":
         assert defined_norm(shards, norm_type) == alone
     assert math.isclose(float(opt.grad_norm), alone, rel_tol=1e-6)
@@ -507,7 +525,7 @@ def a_rank_without_gradients_joins(rank: int, folder: Path, who: str) -> None:
                 param.grad = None
         opt.step()
         mine = [
-            (shard.numpy(), "float32")
+            (shard.cpu().numpy(), "float32")
             for full, without_on in zip(fulls, ([0], [1]), strict=True)
             for at, shard in enumerate(full.chunk(WORLD))
             if not (who == "nobody" or who == f"rank {at}" or (who == "some" and at in without_on))
@@ -602,7 +620,7 @@ def a_scaler_skips_on_every_rank(
         options["max_grad_norm"] = math.inf  # measured, and never clipped: the same bits
     opt = flatstep.AdamW(model.parameters(), **options)
     alone = flatstep.AdamW(plain.parameters(), lr=0.1)
-    scaler = (flatstep.GradScaler if ours else torch.amp.GradScaler)("cpu", init_scale=8.0)
+    scaler = (flatstep.GradScaler if ours else torch.amp.GradScaler)(device_type(), init_scale=8.0)
     done = 0
     for step in range(4):
         scaler.scale(loss_of(model, rank, step)).backward()
@@ -634,7 +652,7 @@ def train(opt: torch.optim.Optimizer, steps: Iterable[int]) -> None:
 
 def sharded_bag(dtype: torch.dtype, *, ranks: int = WORLD) -> nn.Module:
     model = Bag(SAVED, dtype)
-    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    fully_shard(model, mesh=init_device_mesh(device_type(), (ranks,)))
     return model
 
 
@@ -850,7 +868,7 @@ def mean_gradients(plain: nn.Module, steps: Iterable[int]) -> None:
 def assert_replicas(model: nn.Module) -> None:
     """Every rank has the same bits."""
     found: list[Any] = [None] * WORLD
-    dist.all_gather_object(found, [param.detach() for param in model.parameters()])
+    dist.all_gather_object(found, [param.detach().cpu() for param in model.parameters()])
     for i, (a, b) in enumerate(zip(*found, strict=True)):
         assert_same_bits(a, b, f"parameter {i}")
 

@@ -1,4 +1,4 @@
-"""Two processes that run the checks of `distributed_cases` together, on gloo and without a port."""
+"""Two processes that run the checks of `distributed_cases` together, without a port."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIME_LIMIT = 120  # seconds, of one check
 COLLECTIVE_LIMIT = 60  # seconds that a rank waits for the other
 
 
-def serve(rank: int, folder: str, requests: Connection) -> None:
+def serve(rank: int, folder: str, device: str, requests: Connection) -> None:
     """Runs what the parent asks for until it closes the pipe, or is gone."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import distributed_cases
@@ -26,7 +26,7 @@ def serve(rank: int, folder: str, requests: Connection) -> None:
         except (EOFError, OSError):
             os._exit(0)  # at once: torch takes seconds to take itself down
         try:
-            distributed_cases.run(name, rank, Path(folder) / str(turn))
+            distributed_cases.run(name, rank, Path(folder) / str(turn), device)
             answer = ""
         except BaseException:
             answer = traceback.format_exc()
@@ -36,7 +36,7 @@ def serve(rank: int, folder: str, requests: Connection) -> None:
 class Pair:
     """The processes and the pipes to them; `close` ends both, whatever they are doing."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._turn = 0
@@ -45,7 +45,7 @@ class Pair:
         for rank in range(WORLD):
             here, there = context.Pipe()
             process = context.Process(
-                target=serve, args=(rank, self._folder.name, there), daemon=True
+                target=serve, args=(rank, self._folder.name, device, there), daemon=True
             )
             process.start()
             there.close()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch_versions import named_or_not
 
 import flatstep
 
@@ -78,7 +79,7 @@ def test_masters_do_not_take_the_averages_for_weights() -> None:
     assert all(torch.equal(p, q) for p, q in zip(opt.master_parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("named", [True, False])
+@named_or_not
 def test_averages_go_into_another_module(named: bool) -> None:
     model = model_of()
     frozen = copy.deepcopy(model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch_versions import import_transformers
 
 import flatstep
 
@@ -36,8 +37,7 @@ def hugging_face_trainer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt: torch.optim.Optimizer, model: Model
 ) -> Any:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = import_transformers()
     options = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=12,

@@ -12,12 +12,21 @@ from conftest import Case, cases, clones, parameters, rich, same_bits
 from torch.nn import Parameter
 
 import flatstep
+from flatstep import _core
 from flatstep.optim import compiled
 
 pytestmark = pytest.mark.skipif(not compiled._IS_KNOWN, reason="the graph needs torch 2.13")
 
 counters = torch._dynamo.utils.counters
 SHAPES = [(5, 7), (9,), (), (2, 0), (3, 4, 5)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No code that was made earlier: torch keeps it in a folder that all processes share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +173,37 @@ def test_a_changing_learning_rate_is_not_another_graph_each_time(lr: Any) -> Non
         other.step()
     check_same(opt, other)
     assert graphs() <= 2
+
+
+def test_an_option_that_changes_is_followed() -> None:
+    params = parameters(torch.float32, SHAPES)
+    copies = clones(params)
+    opt, other = flatstep.Adam(params), flatstep.Adam(copies)
+    step = compiled_step(opt)
+    changes = [{}, {"betas": (0.5, 0.9)}, {"max_grad_norm": 0.1}, {"ema_decay": 0.5}]
+    for seed, change in enumerate(changes):
+        set_grads(params, copies, seed)
+        for each in (opt, other):
+            each.param_groups[0].update(change)
+        step()
+        other.step()
+        check_same(opt, other)
+    assert graphs() == len(changes)
+
+
+def test_graphs_that_take_turns_are_made_once() -> None:
+    params = parameters(torch.float32, SHAPES)
+    copies = clones(params)
+    opt, other = (flatstep.SGD(each, momentum=0.9, dampening=0.5) for each in (params, copies))
+    step = compiled_step(opt)
+    for seed in range(6):
+        set_grads(params, copies, seed)
+        if seed % 2:
+            params[0].grad = copies[0].grad = None
+        step()
+        other.step()
+        check_same(opt, other)
+    assert graphs() == 2
 
 
 def test_strides_and_missing_gradients_are_as_outside() -> None:
@@ -347,9 +387,82 @@ def test_the_operations_declare_what_they_write() -> None:
     params, grads = [torch.randn(3, 4)], [torch.randn(3, 4)]
     states = [torch.zeros(3, 4), torch.zeros(3, 4)]
     numbers = [float("nan"), 0.9, 0.999, 1e-8, 0.0]  # the first is the tensor
-    tensors = (params, grads, states, [torch.zeros(())], [], [torch.tensor(0.1)], None)
+    tensors = (params, grads, states, [torch.zeros(())], [], [torch.tensor(0.1)])
     torch.library.opcheck(
         torch.ops.flatstep.update_.default,
-        (*tensors, "adam", 0, numbers, 1.0, -1.0, 0.0, 0, [0]),
+        (*tensors, "adam", 0, numbers),
     )
     torch.library.opcheck(torch.ops.flatstep.norm.default, (params, grads, 2.0))
+
+
+def make_arguments() -> dict[str, Any]:
+    """Of an update of two parameters."""
+    lists = {name: [torch.ones(3, 4), torch.ones(2, 4)] for name in ("params", "grads")}
+    return {
+        "rule": "adam",
+        "flags": 0,
+        **lists,
+        "states": [torch.zeros_like(param) for param in lists["params"] for _ in range(2)],
+        "steps": [torch.zeros(()), torch.zeros(())],
+        "fresh": [],
+        "hyper": [0.1, 0.9, 0.999, 1e-8, 0.0],
+        "scale": 1.0,
+        "threads": 1,
+        "average_decay": 0.0,
+        "seed": 0,
+        "firsts": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "why"),
+    [
+        ("params", 1, torch.ones(4, 4)[::2], "gaps"),
+        ("params", 1, torch.ones(2, 4, dtype=torch.int64), "cannot be read"),
+        ("params", 1, torch.ones(2, 4, device="meta"), "cannot be read"),
+        ("params", 1, None, "cannot be read"),
+        ("grads", 1, torch.ones(2, 5), "unlike"),
+        ("grads", 1, torch.ones(2), "unlike"),
+        ("states", 3, torch.ones(2, 4, dtype=torch.bfloat16), "wrong type"),
+        ("steps", 1, torch.ones(2), "one element"),
+        ("steps", 1, torch.tensor(-1.0), "count from 0"),
+        ("states", slice(0, 1), [], "differ in length"),
+        ("states", slice(1, 3), [], "too few"),
+        ("states", slice(0, 0), [torch.ones(3, 4), torch.ones(3, 4)], "too many"),
+        ("hyper", slice(0, 1), [], "hyper"),
+    ],
+)
+def test_an_update_that_is_refused_changes_nothing(
+    name: str, place: Any, value: Any, why: str
+) -> None:
+    arguments = make_arguments()
+    arguments[name][place] = value
+    with pytest.raises(ValueError, match=why):
+        _core.update_group(**arguments)
+    assert same_bits(arguments["params"][0], torch.ones(3, 4))
+    assert float(arguments["steps"][0]) == 0
+
+
+def test_what_lies_in_another_order_than_its_parameter_is_left_to_the_caller() -> None:
+    arguments = make_arguments()
+    for name, place in (("grads", 1), ("states", 3)):
+        turned = {**arguments, name: list(arguments[name])}
+        turned[name][place] = torch.ones(4, 2).t()
+        assert not _core.update_group(**turned)
+    assert same_bits(arguments["params"][0], torch.ones(3, 4))
+    assert _core.update_group(**arguments)
+    assert not torch.equal(arguments["params"][0], torch.ones(3, 4))
+
+
+def test_a_state_in_another_order_is_updated_as_it_lies() -> None:
+    results = []
+    for turns in (False, True):
+        param, grad = torch.ones(3, 4), torch.arange(12.0).view(3, 4)
+        states = [torch.arange(12.0).view(3, 4), torch.ones(3, 4)]
+        if turns:
+            states[0] = states[0].t().contiguous().t()
+        torch.ops.flatstep.update_(
+            [param], [grad], states, [torch.ones(())], [], [], "adam", 0, [0.1, 0.9, 0.9, 1e-8, 0.0]
+        )
+        results.append([param, *states])
+    assert all(same_bits(a.contiguous(), b.contiguous()) for a, b in zip(*results, strict=True))

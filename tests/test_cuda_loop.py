@@ -47,6 +47,9 @@ FIRST_VARIANT = {
 }
 
 INLINE_ROWS = 42
+VECTORISED = (0, 0)
+# The bulk form's stages, and the bytes of a tile: for a few of a block's threads, or each twice.
+PIPELINES = ((2, 512), (3, 1536), (8, 8192))
 STORED = ("float32", "float64", "bfloat16", "float16")  # in the order of the kernels' enum
 
 pytestmark = pytest.mark.skipif(
@@ -93,6 +96,7 @@ class Launch(ctypes.Structure):
         ("unscale", ctypes.c_double),
         ("average_decay", ctypes.c_double),
         ("seed", ctypes.c_uint64),
+        ("pipeline", ctypes.c_int * 2),
         ("inline_rows", Row * INLINE_ROWS),
     )
 
@@ -124,6 +128,7 @@ def run(library: ctypes.CDLL) -> Run:
         *,
         steps: np.ndarray | None = None,
         by_table: bool = False,
+        pipeline: tuple[int, int] = VECTORISED,
         **changes: object,
     ) -> None:
         of, launch = update.variant, Launch()
@@ -144,7 +149,7 @@ def run(library: ctypes.CDLL) -> Run:
                 launch.inline_rows[place] = row
         launch.row_count, launch.total, launch.host_step = len(rows), begin, update.step
         launch.step_is_double = steps is not None and steps.dtype == np.float64
-        launch.sign = update.scale
+        launch.sign, launch.pipeline[:] = update.scale, pipeline
         for place, name in enumerate(of.hyper_names):
             launch.hyper[place].value = update.hyper[name]
         for name, value in changes.items():
@@ -157,6 +162,12 @@ def run(library: ctypes.CDLL) -> Run:
     return run
 
 
+def aligned_zeros(count: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin at a multiple of 16 bytes."""
+    room = np.zeros(count + 16, dtype)
+    return room[-address(room) % 16 // room.itemsize :][:count]
+
+
 def _slots(of: Variant, states: list[int]) -> ctypes.Array[ctypes.c_void_p]:
     """The states' addresses in the rule's places; a state that is not used is null."""
     rule = next(rule for rule in _core.rules() if rule["name"] == of.rule)
@@ -165,13 +176,16 @@ def _slots(of: Variant, states: list[int]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * 3)(*(given.get(name) for name in everything))
 
 
+@pytest.mark.parametrize("pipeline", [VECTORISED, (3, 512)], ids=["vectorised", "bulk"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("of", VARIANTS, ids=str)
-def test_every_kernel_has_the_reference_s_bytes(of: Variant, dtype: str, run: Run) -> None:
+def test_every_kernel_has_the_reference_s_bytes(
+    of: Variant, dtype: str, pipeline: tuple[int, int], run: Run
+) -> None:
     for update in updates(of, dtype):
         before = random_arrays(of, dtype, 5000)
         found = copies(before)
-        run(update, [found])
+        run(update, [found], pipeline=pipeline)
         assert_same(found, update.by_reference(before), before, update)
 
 
@@ -202,6 +216,73 @@ def test_rows_of_every_size_and_alignment_are_touched_whole_and_nothing_beside_t
             for room, inside in framed[place].values():
                 assert not room[: inside.start].any()
                 assert not room[inside.stop :].any()
+
+
+@pytest.mark.parametrize(("stages", "tile"), PIPELINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_aligned_rows_go_through_the_stages_and_what_is_left_around_them(
+    dtype: str, stages: int, tile: int, run: Run, library: ctypes.CDLL
+) -> None:
+    of = variant("adam-l2")
+    update = Update(of, dtype, of.hyper())
+    size = tile // random_arrays(of, dtype, 1)["p"].itemsize
+    in_stages = [5 * size + 3, size, size - 1, 0, 1, 4 * size + 64, 2 * size]
+    sizes = [*in_stages, 2 * size]  # the last one's gradient is away from aligned addresses
+    befores = [random_arrays(of, dtype, count, str(place)) for place, count in enumerate(sizes)]
+    framed = []
+    for count, before in zip(sizes, befores, strict=True):
+        rooms = {name: aligned_zeros(count + 128, x.dtype) for name, x in before.items()}
+        framed.append({name: (room, slice(64, 64 + count)) for name, room in rooms.items()})
+    framed[-1]["g"] = (framed[-1]["g"][0], slice(65, 65 + sizes[-1]))
+    rows = [{name: room[inside] for name, (room, inside) in row.items()} for row in framed]
+    for blocks, clears in ((1, False), (3, True), (40, False)):
+        for row, before in zip(rows, befores, strict=True):
+            for name, x in before.items():
+                row[name][:] = x
+        tiles = library.emulated_tiles()
+        run(update, rows, blocks, clears=clears, pipeline=(stages, tile))
+        if blocks == 1:
+            assert library.emulated_tiles() - tiles == sum(count // size for count in in_stages)
+        for place, (row, before) in enumerate(zip(rows, befores, strict=True)):
+            after = update.by_reference(before)
+            if clears:
+                after["g"] = np.zeros_like(before["g"])
+            assert_same(row, after, before, f"row {place}, {blocks} blocks")
+            for room, inside in framed[place].values():
+                assert not room[: inside.start].any()
+                assert not room[inside.stop :].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [0, 0, 3, 4096]),
+        ("vector,blocks=2", [0, 2, 3, 4096]),
+        ("bulk", [1, 0, 3, 4096]),
+        ("bulk,stages=8,tile=512,blocks=1", [1, 1, 8, 512]),
+    ],
+)
+def test_a_form_is_told_by_its_text(text: str, expected: list[int], library: ctypes.CDLL) -> None:
+    found = (ctypes.c_int * 4)()
+    assert library.read_form(text.encode(), found)
+    assert list(found) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bulky",
+        "bulk,,",
+        "stages",
+        "stages=",
+        "stages=1",
+        "stages=9",
+        "tile=100",
+        "blocks=0",
+    ],
+)
+def test_a_text_that_is_no_form_is_refused(text: str, library: ctypes.CDLL) -> None:
+    assert not library.read_form(text.encode(), (ctypes.c_int * 4)())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

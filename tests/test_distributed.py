@@ -1,4 +1,7 @@
-"""PyTorch's distributed engine, in two processes on gloo; the checks are in `distributed_cases`."""
+"""PyTorch's distributed engine, in two processes; the checks are in `distributed_cases`.
+
+On gloo, or with ``pytest tests/test_distributed.py --device cuda`` on NCCL, a GPU for each.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import distributed_cases
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_pair import Pair
+from distributed_pair import WORLD, Pair
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch_versions import DTensor, Shard, needs_fully_shard
 
 import flatstep
 from flatstep import reference
 from flatstep.optim import sharding
+
+if needs_fully_shard.args[0]:
+    pytest.skip(needs_fully_shard.kwargs["reason"], allow_module_level=True)
+
+import distributed_cases
 
 ROOT = Path(__file__).parents[1]
 TILE = reference.TILE
@@ -32,13 +39,14 @@ TILE = reference.TILE
 class Pairs:
     """One pair for all tests, made again where one has died."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._pair: Pair | None = None
 
     def get(self) -> Pair:
         if self._pair is None or not self._pair.is_alive:
             self.close()
-            self._pair = Pair()
+            self._pair = Pair(self._device)
         return self._pair
 
     def close(self) -> None:
@@ -47,8 +55,11 @@ class Pairs:
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Iterator[Pairs]:
-    pairs = Pairs()
+def pairs(pytestconfig: pytest.Config) -> Iterator[Pairs]:
+    device = pytestconfig.getoption("--device")
+    if device == "cuda" and torch.cuda.device_count() < WORLD:
+        pytest.skip(f"{WORLD} ranks need as many GPUs; there are {torch.cuda.device_count()}")
+    pairs = Pairs(device)
     yield pairs
     pairs.close()
 

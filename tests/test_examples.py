@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch_versions import import_transformers, needs_fully_shard, set_grad_dtype
 
 import flatstep
 
@@ -179,11 +180,18 @@ LOOPS = {
 }
 
 
+@pytest.fixture
+def importable(name: str) -> None:
+    for package in LOOPS[name][0]:
+        pytest.importorskip(package)
+    if name == "huggingface":
+        import_transformers()
+
+
+@pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_of_others_learn_and_go_on_from_a_checkpoint(name: str) -> None:
-    packages, option, length = LOOPS[name]
-    for package in packages:
-        pytest.importorskip(package)
+    _, option, length = LOOPS[name]
     # Accelerate and Lightning keep a state for the whole process. On one thread: on a busy machine,
     # steps as small as these wait for each other's threads longer than they take.
     done = subprocess.run(
@@ -200,13 +208,12 @@ def test_loops_of_others_learn_and_go_on_from_a_checkpoint(name: str) -> None:
     assert "the same bits" in printed
 
 
+@pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_of_others_refuse_before_they_train(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    packages, option, _ = LOOPS[name]
-    for package in packages:
-        pytest.importorskip(package)
+    _, option, _ = LOOPS[name]
     with pytest.raises(SystemExit) as ended:
         example(name).main([option, "1"])
     assert ended.value.code == 2
@@ -241,7 +248,7 @@ def bytes_held_and_moved(
     """Per parameter, from the arrays that a step leaves behind."""
     param = torch.nn.Parameter(torch.ones(64, dtype=dtype))
     if grad_dtype != dtype:
-        param.grad_dtype = grad_dtype
+        set_grad_dtype(param, grad_dtype)
     param.grad = torch.ones(64, dtype=grad_dtype)
     opt = flatstep.AdamW([param], **options)
     opt.step()
@@ -264,6 +271,7 @@ def test_the_readme_says_how_many_bytes_a_mode_holds_and_moves() -> None:
     assert said == found
 
 
+@needs_fully_shard
 def test_fsdp2_trains_as_one_process_does_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     kept = tmp_path / "losses.pt"
     line = [sys.executable, str(EXAMPLES / "fsdp2.py"), "--steps", "12", "--save", str(kept)]
@@ -278,6 +286,7 @@ def test_fsdp2_trains_as_one_process_does_and_goes_on_from_a_checkpoint(tmp_path
     assert "from step 7 on" in ended.stdout
 
 
+@needs_fully_shard
 @pytest.mark.parametrize("line", [["--steps", "1"], ["--save", "no/such/folder/losses.pt"]])
 def test_fsdp2_refuses_before_it_trains(
     line: list[str], capsys: pytest.CaptureFixture[str]

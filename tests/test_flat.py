@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch_versions import set_grad_dtype
 
 import flatstep
 from flatstep import FlatBuffer, flatten_
@@ -691,6 +692,19 @@ def test_a_model_moved_out_of_its_buffer_is_followed_or_refused_by_name(
     assert_same_model(flat, plain)
 
 
+def test_a_model_that_was_moved_before_its_first_zero_grad_is_refused_by_name() -> None:
+    model = small()
+    flatten_(model)
+    fit_small(model, flatstep.SGD(model.parameters()), [0], zero=False)
+    model.bfloat16()
+    opt = flatstep.SGD(model.parameters())
+    with pytest.raises(RuntimeError, match=r"parameter 'conv\.weight' has left its FlatBuffer"):
+        opt.zero_grad()
+    flatten_(model)
+    opt.zero_grad()
+    assert not any(p.grad.any() for p in model.parameters())
+
+
 @every_way
 def test_a_move_that_moves_nothing_is_none(way: dict[str, bool]) -> None:
     model = net()
@@ -894,9 +908,7 @@ def _with_gradient(change: Callable[[Tensor], Tensor]) -> Callable[[], Parameter
 
 def _with_gradient_dtype() -> Parameter:
     p = Parameter(torch.ones(4, 2))
-    if not hasattr(p, "grad_dtype"):
-        pytest.skip("torch has no grad_dtype")
-    p.grad_dtype = torch.float8_e4m3fn
+    set_grad_dtype(p, torch.float8_e4m3fn)
     return p
 
 

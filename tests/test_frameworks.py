@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
+from torch_versions import DTensor, import_transformers, needs_fully_shard
 
 import flatstep
 
@@ -70,8 +70,7 @@ def hugging_face(
     **options: Any,
 ) -> Trained:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = import_transformers()
     model = Model()
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -227,6 +226,7 @@ def sharding(accelerator: Any) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+@needs_fully_shard
 def test_accelerate_that_shards_exchanges_the_parameters(sharding: Any) -> None:
     model = Model()
     opt = flatstep.AdamW(model.parameters(), **OPTIONS, max_grad_norm=0.5)

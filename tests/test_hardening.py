@@ -17,6 +17,7 @@ from conftest import Case, give_gradients, rich, same_bits
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.data import DataLoader, Dataset
+from torch_versions import IS_OLDER
 
 import flatstep
 from flatstep.optim import states
@@ -314,6 +315,7 @@ threading.Event().wait(float(seconds))
 """
 
 
+@pytest.mark.skipif(IS_OLDER, reason="an older torch may abort then: docs/compatibility.md")
 @pytest.mark.parametrize("pool", ["torch", "own"])
 def test_a_process_may_end_while_a_thread_steps(pool: str) -> None:
     """In an update, that is, where almost all of its time goes."""

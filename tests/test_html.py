@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 from typer.testing import CliRunner
 
 from flatstep.profiling.command import profile
@@ -44,19 +43,6 @@ CHARTS = {
 }
 APP = typer.Typer()
 APP.command()(profile)
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
-)
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-)
 
 
 def timing(seconds: float, noise: float = 0.02) -> Timing:
@@ -133,16 +119,6 @@ def full() -> Report:
 
 
 # ---- the page in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is absent: apt-get install chromium, or Google's Chrome")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield opened
-        opened.close()
 
 
 class Visit:

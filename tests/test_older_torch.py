@@ -1,12 +1,14 @@
-"""What torch lacks before 2.10 (the table of tensors, the pool of threads) has another way."""
+"""What an older torch lacks, or does otherwise, has another way."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import Case, clones, parameters, rich, same_bits, train
+from conftest import Case, clones, give_gradients, parameters, rich, same_bits, train
 
 from flatstep import _core, _torch
 
@@ -34,3 +36,43 @@ def test_an_older_torch_gives_the_same_bits(
     train(opt, range(3))
     assert not opt._table.others
     assert all(same_bits(p.detach(), q.detach()) for p, q in zip(params, copies, strict=True))
+
+
+@rich
+def test_a_compiled_step_has_the_bits_of_one_outside(case: Case) -> None:
+    """Before torch 2.13 the graph breaks there."""
+    params = parameters(shapes=[(5, 7), (3,)])
+    copies = clones(params)
+    train(case.ours(params), range(3))
+    opt = case.ours(copies)
+    step, zero_grad = (torch.compile(f, backend="eager") for f in (opt.step, opt.zero_grad))
+    for number in range(3):
+        give_gradients(copies, number)
+        step()
+        zero_grad()
+        assert all(p.grad is None for p in copies)
+    assert all(same_bits(p.detach(), q.detach()) for p, q in zip(params, copies, strict=True))
+
+
+INTERRUPTED = """
+import flatstep, torch
+def leave_behind():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    buffer = flatstep.FlatBuffer(model.parameters())
+    def interrupt(_):
+        raise KeyError
+    model[1].bias.register_post_accumulate_grad_hook(interrupt)
+    try:
+        model(torch.ones(2, 4)).sum().backward()
+    except KeyError:
+        print("interrupted")
+leave_behind()
+"""
+
+
+def test_a_process_ends_after_a_backward_that_raised() -> None:
+    """torch 2.4 keeps what is left of it, buffers included, until after the interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

@@ -848,10 +848,11 @@ def test_plain_lines_need_no_tools(tmp_path: Path):
     [
         ["-m", "flatstep.profiling", "--device", "cuda"],
         [str(ROOT / "benchmarks" / "gpu_targets.py")],
+        [str(ROOT / "benchmarks" / "gpu_forms.py")],
     ],
-    ids=["profile", "targets"],
+    ids=["profile", "targets", "forms"],
 )
-def test_without_a_gpu_both_commands_say_so(command: list[str]):
+def test_without_a_gpu_the_commands_say_so(command: list[str]):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert "device 'cuda' cannot be measured" in done.stderr

@@ -29,10 +29,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
+from torch_versions import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    label,
+    named,
+    needs_fully_shard,
+)
 
 REFUSAL = (TypeError, ValueError, RuntimeError)
 
@@ -110,7 +117,7 @@ def test_an_odd_tensor_is_updated_rightly_or_refused_by_name(case: Case, name: s
     train(theirs, range(3))
     first, _, last = clones(values)
     middle = Parameter(odd.parameter(values[1].detach().clone()))
-    ours = case.ours([("first", first), ("odd", middle), ("last", last)])
+    ours = case.ours(named(first=first, odd=middle, last=last))
 
     def run() -> None:
         for step in range(3):
@@ -120,7 +127,7 @@ def test_an_odd_tensor_is_updated_rightly_or_refused_by_name(case: Case, name: s
             ours.step()
 
     message = refusal_of(run)
-    assert message is None or "odd" in message
+    assert message is None or label("odd", 1) in message
     stepped = theirs.param_groups[0]["params"]
     expected = [v.detach() for v in (stepped if message is None else values)]
     for p, q in zip((first, odd.read(middle), last), expected, strict=True):
@@ -170,7 +177,7 @@ STATES: dict[str, Callable[[Tensor], Tensor]] = {
 @rich
 def test_an_odd_state_is_taken_at_its_value_or_refused_by_name(case: Case, name: str) -> None:
     values = parameters(shapes=[(5,), (4, 3)])
-    ours = case.ours([("first", values[0]), ("odd", values[1])])
+    ours = case.ours(named(first=values[0], odd=values[1]))
     theirs = case.torchs(clones(values))
     for opt in (ours, theirs):
         train(opt, range(2))
@@ -183,7 +190,7 @@ def test_an_odd_state_is_taken_at_its_value_or_refused_by_name(case: Case, name:
     if message is None:
         train(theirs, range(2, 4))
         before = theirs.param_groups[0]["params"]
-    assert message is None or "odd" in message
+    assert message is None or label("odd", 1) in message
     for p, q in zip(values, before, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-5)
 
@@ -201,10 +208,10 @@ def test_a_fake_or_meta_parameter_is_followed_or_refused_by_name(case: Case) -> 
     for odd in (meta, fake):
         real = Parameter(torch.ones(3))
         real.grad = torch.ones(3)
-        opt = case.ours([("real", real), ("odd", odd)])
+        opt = case.ours(named(real=real, odd=odd))
         message = refusal_of(opt.step)
         if message is not None:
-            assert "odd" in message
+            assert label("odd", 1) in message
             assert (real == 1).all()
         else:
             assert (real != 1).all()
@@ -217,9 +224,9 @@ def test_a_step_in_a_fake_world_runs_or_is_refused_by_name(case: Case) -> None:
     with FakeTensorMode():
         p = Parameter(torch.ones(3))
         p.grad = torch.ones(3)
-        opt = case.ours([("odd", p)])
+        opt = case.ours(named(odd=p))
         message = refusal_of(opt.step)
-        assert message is None or "odd" in message
+        assert message is None or label("odd", 0) in message
         assert message or all(s.shape in (p.shape, ()) for s in opt.state[p].values())
 
 
@@ -227,8 +234,8 @@ def test_a_step_in_a_fake_world_runs_or_is_refused_by_name(case: Case) -> None:
 def test_a_fake_gradient_of_a_real_parameter_is_refused_by_name(case: Case) -> None:
     first, odd = Parameter(torch.ones(3)), Parameter(torch.ones(3))
     first.grad, odd.grad = torch.ones(3), FakeTensorMode().from_tensor(torch.ones(3))
-    opt = case.ours([("first", first), ("odd", odd)])
-    with pytest.raises(REFUSAL, match="odd"):
+    opt = case.ours(named(first=first, odd=odd))
+    with pytest.raises(REFUSAL, match=label("odd", 1)):
         opt.step()
     assert (first == 1).all()
     assert (odd == 1).all()
@@ -319,6 +326,8 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
+# torch 2.4 says that chance is another there.
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=["sharded", "replicated"])
 def test_a_dtensor_is_updated_through_its_local_tensor(
@@ -345,10 +354,13 @@ def test_a_dtensor_is_updated_through_its_local_tensor(
                 assert same_bits(state.to_local(), plain.state[v][key])
 
 
+@needs_fully_shard
 @rich
 def test_fsdp2_trains_to_torchs_run_and_its_checkpoint_goes_on(
     case: Case, mesh: DeviceMesh
 ) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     plain = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
     start = {k: v.clone() for k, v in plain.state_dict().items()}
 

@@ -17,24 +17,27 @@ flags=(-std=c++20 -O3 --fmad=false --ftz=false --prec-div=true --prec-sqrt=true
 
 compile() {
   local architecture=$1 file
-  for file in kernels device; do
+  for file in kernels device bulk; do
     nvcc "${flags[@]}" -Xptxas -v,-Werror,-warn-spills -arch "sm_$architecture" \
       -c "csrc/cuda/$file.cu" -o "$work/$file.o" 2>"$work/log" || { cat "$work/log"; return 1; }
     grep 'Used [0-9]* registers' "$work/log" >>"$work/registers" || true
   done
 }
 
-nvcc "${flags[@]}" -arch sm_90 -ptx csrc/cuda/kernels.cu -o "$work/kernels.ptx"
-for exact in div.rn.f32 sqrt.rn.f32 div.rn.f64; do
-  grep -q "$exact" "$work/kernels.ptx" || { echo "no $exact in the PTX: not the kernels"; exit 1; }
+for file in kernels bulk; do
+  nvcc "${flags[@]}" -arch sm_90 -ptx "csrc/cuda/$file.cu" -o "$work/$file.ptx"
+  for exact in div.rn.f32 sqrt.rn.f32 div.rn.f64; do
+    grep -q "$exact" "$work/$file.ptx" || { echo "no $exact in the PTX: not the $file"; exit 1; }
+  done
+  if grep -nE '\bfma\.|\.ftz|\.approx' "$work/$file.ptx" >"$work/inexact"; then
+    head "$work/inexact"
+    echo "the PTX holds operations that are not those of the reference"
+    exit 1
+  fi
 done
-if grep -nE '\bfma\.|\.ftz|\.approx' "$work/kernels.ptx" >"$work/inexact"; then
-  head "$work/inexact"
-  echo "the PTX holds operations that are not those of the reference"
-  exit 1
-fi
 
 for architecture in 80 86 89 90 100 120; do compile "$architecture"; done
+"${CXX:-c++}" -std=c++20 -Wall -Wextra -Werror -fsyntax-only -I csrc csrc/cuda/vector_only.cpp
 most=$(grep -o 'Used [0-9]*' "$work/registers" | awk '{ print $2 }' | sort -n | tail -n 1)
 kernels=$(wc -l <"$work/registers")
 echo "$kernels kernels, at most $most registers, no spills, no fma, no flush to zero"

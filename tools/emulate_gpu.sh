@@ -21,4 +21,5 @@ assert flatstep.__file__.startswith(sys.argv[1]), flatstep.__file__
 assert _core.gpu_count() == 1" "$work/site"
 emulated -m pytest -q -n 2 tests/test_cuda_path.py tests/test_torch_faults.py tests/test_clipping.py \
   tests/test_precision.py "$@"
+FLATSTEP_CUDA_FORM=bulk,stages=2,tile=512 emulated -m pytest -q -n 2 tests/test_cuda_path.py "$@"
 emulated -m pytest -q -n 2 tests/test_torch_parity.py -k "twenty_steps and (float32 or bfloat16)" "$@"

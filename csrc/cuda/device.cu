@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <tuple>
 #include <type_traits>
 
 #include "cuda/device.h"
@@ -39,18 +40,36 @@ class Guard {
   int previous_ = 0;
 };
 
-// How many blocks of a kernel a device runs at once.
-int resident_blocks(int device, const void* kernel) {
+// As much shared memory for a kernel that takes some at its launch as the device gives a block.
+void make_room(int device, const void* kernel) {
+  int most = 0;
+  cudaFuncAttributes attributes;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(attributes.sharedSizeBytes)),
+        "making room for a kernel's stages");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "preferring shared memory to a cache");
+}
+
+// How many blocks of a kernel a device is to run at once.
+int resident_blocks(int device, const Choice& choice) {
   static std::mutex mutex;
-  static auto* const known = new std::map<std::pair<int, const void*>, int>;
+  static auto* const known = new std::map<std::tuple<int, const void*, int, int>, int>;
   const std::lock_guard lock(mutex);
-  int& blocks = (*known)[{device, kernel}];
+  int& blocks = (*known)[{device, choice.kernel, choice.shared, choice.blocks}];
   if (blocks == 0) {
     int processors = 0, of_each = 0;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0),
+    if (choice.shared > 0) make_room(device, choice.kernel);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, choice.kernel, kThreads,
+                                                        static_cast<std::size_t>(choice.shared)),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    if (choice.blocks > 0) of_each = std::min(of_each, choice.blocks);
     blocks = processors * std::max(of_each, 1);
   }
   return blocks;
@@ -58,10 +77,10 @@ int resident_blocks(int device, const void* kernel) {
 
 template <class AnyLaunch>
 void launch_kernel(const void* kernel, std::int64_t blocks, const AnyLaunch& launch,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, int shared = 0) {
   void* arguments[] = {const_cast<AnyLaunch*>(&launch)};
-  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0,
-                         stream),
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
+                         static_cast<std::size_t>(shared), stream),
         "launching an update");
 }
 
@@ -131,8 +150,8 @@ void run(int device, void* on_stream, int layout, int variant, Launch& launch,
   if (rows.empty()) return;
   const Guard guard(device);
   const auto stream = static_cast<cudaStream_t>(on_stream);
-  const void* const kernel = find_kernel(layout, variant, launch);
-  const std::int64_t most = resident_blocks(device, kernel);
+  const Choice choice = choose_kernel(device, layout, variant, launch);
+  const std::int64_t most = resident_blocks(device, choice);
   const bool by_table = goes_by_table(rows.size(), kInlineRows, stream);
   const std::size_t at_once = by_table ? rows.size() : kInlineRows;
   for (std::size_t first = 0; first < rows.size(); first += at_once) {
@@ -146,7 +165,8 @@ void run(int device, void* on_stream, int layout, int variant, Launch& launch,
       launch.inline_rows[i].begin -= begin;
     }
     const std::int64_t useful = (launch.total + kElementsPerBlock - 1) / kElementsPerBlock;
-    launch_kernel(kernel, std::clamp<std::int64_t>(useful, 1, most), launch, stream);
+    launch_kernel(choice.kernel, std::clamp<std::int64_t>(useful, 1, most), launch, stream,
+                  choice.shared);
     if (rows[first].step) {
       launch_kernel(count_kernel(), (launch.row_count + kThreads - 1) / kThreads, launch, stream);
     }
@@ -158,7 +178,7 @@ void run_norm(int device, void* on_stream, bool largest, const std::vector<NormR
   const Guard guard(device);
   const auto stream = static_cast<cudaStream_t>(on_stream);
   const std::int64_t tiles = rows.empty() ? 0 : end_of(rows.back());
-  const std::int64_t most = resident_blocks(device, tile_norm_kernel());
+  const std::int64_t most = resident_blocks(device, {tile_norm_kernel()});
   const bool by_table = goes_by_table(rows.size(), kInlineNormRows, stream);
   const std::size_t at_once = by_table ? rows.size() : kInlineNormRows;
   for (std::size_t first = 0; first < rows.size(); first += at_once) {

@@ -164,6 +164,7 @@ struct Loop {
   }
 
   // Elements [begin, end) of a row; begin is a multiple of kRowAlignment.
+  template <int kAtOnce = kUnroll>
   static __device__ void run(const Launch& launch, const Row& row, std::int64_t begin,
                              std::int64_t end, const Scalars& k) {
     const Arrays& arrays = row.arrays;
@@ -178,10 +179,10 @@ struct Loop {
     const bool p_aligned = is_aligned(p), g_aligned = is_aligned(g);
     constexpr std::int64_t kStride = static_cast<std::int64_t>(kThreads) * kCount;
     for (std::int64_t at = begin + static_cast<std::int64_t>(threadIdx.x) * kCount; at < end;
-         at += kUnroll * kStride) {
-      Vectors vectors[kUnroll];
+         at += kAtOnce * kStride) {
+      Vectors vectors[kAtOnce];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
         const std::int64_t first = at + u * kStride;
         ParamAccess::load(vectors[u].p, p + first, p_aligned, end - first);
         GradAccess::load(vectors[u].g, g + first, g_aligned, end - first);
@@ -190,7 +191,7 @@ struct Loop {
         }
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
         const std::int64_t first = at + u * kStride;
         update(vectors[u], k);
         ParamAccess::store(p + first, vectors[u].p, p_aligned, end - first);
@@ -205,9 +206,9 @@ struct Loop {
   }
 };
 
-// A block's equal share of all rows' elements.
-template <class L>
-__device__ void run_share(const Launch& launch, typename L::Prepared& shared) {
+// A block's equal share of all rows' elements, by a loop with the numbers that L prepares.
+template <class L, class AnyLoop>
+__device__ void run_share(const Launch& launch, typename L::Prepared& shared, AnyLoop& loop) {
   if (is_left_out(launch)) return;
   const Row* const rows = launch.rows ? launch.rows : launch.inline_rows;
   const std::int64_t tiles = launch.total / kRowAlignment;
@@ -225,7 +226,7 @@ __device__ void run_share(const Launch& launch, typename L::Prepared& shared) {
       prepared = step;
     }
     const std::int64_t begin = at - row.begin, rest = end - row.begin;
-    L::run(launch, row, begin, rest < row.count ? rest : row.count, shared);
+    loop.run(launch, row, begin, rest < row.count ? rest : row.count, shared);
     at = i + 1 < launch.row_count ? rows[i + 1].begin : end;
   }
 }
@@ -233,7 +234,8 @@ __device__ void run_share(const Launch& launch, typename L::Prepared& shared) {
 template <class L>
 __global__ void __launch_bounds__(kThreads, kBlocks) update(const __grid_constant__ Launch launch) {
   __shared__ typename L::Prepared shared;
-  run_share<L>(launch, shared);
+  L loop;
+  run_share<L>(launch, shared, loop);
 }
 
 // Counts the steps of all rows, after the update.

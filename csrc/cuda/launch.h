@@ -44,6 +44,15 @@ struct FoundNorm {
   double skipped;  // how many steps have been left out for one that was not finite
 };
 
+// The stages of shared memory that the bulk form has, and its tiles: bytes of each array.
+struct Pipeline {
+  int stages, tile;
+
+  friend bool operator==(const Pipeline&, const Pipeline&) = default;
+};
+inline constexpr int kMostStages = 8;
+inline constexpr int kTileMultiple = 512;  // the bytes of kRowAlignment elements of any type
+
 inline constexpr int kInlineRows = 42;  // a launch's arguments end at 4 KiB in older drivers
 
 struct Launch {
@@ -66,6 +75,7 @@ struct Launch {
   double unscale;  // where there is no grad_scale
   double average_decay;
   std::uint64_t seed;
+  Pipeline pipeline;
   Row inline_rows[kInlineRows];
 };
 static_assert(sizeof(Launch) <= 4096);

@@ -25,8 +25,8 @@ __all__: list[str] = [
     "total_of_tiles",
     "traffic",
     "update",
+    "update_group",
     "update_on_gpu",
-    "updates",
     "use_isa",
     "use_torch_threads",
 ]
@@ -193,6 +193,21 @@ def update(
     count_of_step: typing.SupportsInt | typing.SupportsIndex = 1,
     first: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def update_group(
+    rule: str,
+    flags: typing.SupportsInt | typing.SupportsIndex,
+    params: list,
+    grads: list,
+    states: list,
+    steps: list,
+    fresh: list,
+    hyper: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    average_decay: typing.SupportsFloat | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    firsts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+) -> bool: ...
 def update_on_gpu(
     rule: str,
     flags: typing.SupportsInt | typing.SupportsIndex,
@@ -213,25 +228,6 @@ def update_on_gpu(
     seed: typing.SupportsInt | typing.SupportsIndex = 0,
     count_of_step: typing.SupportsInt | typing.SupportsIndex = 1,
     first: typing.SupportsInt | typing.SupportsIndex = 0,
-) -> None: ...
-def updates(
-    rule: str,
-    flags: typing.SupportsInt | typing.SupportsIndex,
-    layouts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    params: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    grads: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    states: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    hyper: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
-    steps: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    scale: typing.SupportsFloat | typing.SupportsIndex,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-    masters: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    averages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    average_decay: typing.SupportsFloat | typing.SupportsIndex,
-    seed: typing.SupportsInt | typing.SupportsIndex,
-    counts_of_steps: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    firsts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
 ) -> None: ...
 def use_isa(name: str) -> None: ...
 def use_torch_threads(library: str | None) -> bool: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import mmap
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from flatstep import _core
 
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 LIBRARY = (
     Path(torch.__file__).parent
     / "lib"
@@ -61,6 +63,8 @@ def connect_dtensor() -> None:
     """Learns of DTensor once torch has loaded it: that takes a second that few need."""
     global dtensor
     module = sys.modules.get("torch.distributed.tensor")
+    if not hasattr(module, "DTensor"):
+        module = sys.modules.get("torch.distributed._tensor")  # its name in torch 2.4
     dtensor = getattr(module, "DTensor", None)
     if dtensor is not None:
         _core.connect_dtensor(dtensor)
@@ -93,6 +97,20 @@ def update_memory(device: torch.device, arguments: Arguments, **extras: Any) -> 
         _core.update_on_gpu(*arguments, index, stream, **extras)
     else:
         _core.update(*arguments, torch.get_num_threads(), **extras)
+
+
+def _forget_interrupted_backward() -> None:
+    """Empties the queue in which torch before 2.13 leaves what a backward that raised was doing.
+
+    What is in it outlives the interpreter, and a buffer of :func:`zeros_flat` would then wait for
+    ever for the lock of an interpreter that has gone.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.ones((), requires_grad=True).backward()
+
+
+if VERSION < (2, 13):
+    atexit.register(_forget_interrupted_backward)
 
 
 def zeros_flat(

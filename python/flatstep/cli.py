@@ -8,6 +8,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
 
 TOOLS = ("typer", "rich", "matplotlib", "plotly", "jinja2")  # what the extra `tools` brings
 CPUINFO = Path("/proc/cpuinfo")
@@ -20,6 +24,11 @@ def main() -> None:
     if missing:
         print(f"This needs {', '.join(missing)}: pip install 'flatstep[tools]'", file=sys.stderr)
         raise SystemExit(2)
+    application()()
+
+
+def application() -> typer.Typer:
+    """The commands, with their options."""
     import typer
 
     from flatstep.profiling.command import profile
@@ -41,7 +50,7 @@ def main() -> None:
     }
     for name, command in commands.items():
         app.command(name)(command)
-    app()
+    return app
 
 
 def info() -> None:

@@ -287,7 +287,9 @@ class _Residents:
 
     def __init__(self) -> None:
         self.homes: list[tuple[torch.Tensor, _Home]] = []
-        self._expected: tuple[list[torch.Tensor], list[int], list[torch.Tensor], list[int]]
+        self._expected: (
+            tuple[list[torch.Tensor], list[int], list[torch.Tensor], list[int]] | None
+        ) = None  # until each has been looked at
 
     def note(self) -> None:
         """Takes the present state for the one that is to be."""
@@ -297,6 +299,8 @@ class _Residents:
 
     def are_in_place(self) -> bool:
         """Whether nothing has moved since: a look for thousands, without a step of Python each."""
+        if self._expected is None:
+            return False
         params, addresses, grads, grad_addresses = self._expected
         return (
             len(grads) == len(params)
@@ -321,8 +325,6 @@ class Housed:
                 self.outside.append(param)
             else:
                 self._inside.setdefault(buffer, _Residents()).homes.append((param, home))
-        for residents in self._inside.values():
-            residents.note()
 
     def __bool__(self) -> bool:
         return bool(self._inside)

@@ -20,6 +20,7 @@ from flatstep._torch import LAYOUT, STORED, Arguments, increment_version, update
 from flatstep.optim.routes import is_on_gpu, is_plain
 from flatstep.optim.rules import RULES, flag_bits
 
+#: What every function takes, of one kind in one call.
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 
 __all__ = ["adam_", "adamw_", "rmsprop_", "sgd_"]

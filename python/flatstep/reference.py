@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Arrays of one compute type; written so that the rules also run on torch tensors.
+#: Arrays of one compute type; written so that the rules also run on torch tensors.
 Array = Any
+#: A number, or a tensor of one element.
 Scalar = Any
 
 
@@ -192,6 +193,7 @@ class Rule(NamedTuple):
     update: Callable[..., Array]
 
 
+#: Each rule by its name.
 RULES: dict[str, Rule] = {
     "adam": Rule(prepare_adam, adam),
     "rmsprop": Rule(prepare_rmsprop, rmsprop),
@@ -368,7 +370,9 @@ def update(
             g[...] = narrow(compute(extras.unscale) * grad, grad_dtype)
 
 
+#: Elements in a tile of a norm.
 TILE = 16384
+#: Sums in a tile that are added up side by side.
 LANES = 32
 
 

@@ -30,7 +30,7 @@ class Subject:
 
     Attributes:
         path: As it was named, "package.module:Class".
-        rule: The rule that it claims to follow: one of :data:`RULES`.
+        rule: The rule that it claims to follow, as "adamw".
         options: What it is always built with, beside the parameters.
     """
 
@@ -105,7 +105,7 @@ def subject_of(text: str) -> Subject:
     {'betas': (0.9, 0.95)}
 
     Raises:
-        ValueError: As :func:`subject`.
+        ValueError: There is no such class, an option cannot be read, or no rule is known.
     """
     path, *options = _outside_brackets(text)
     rule, equals, after = path.partition("=")

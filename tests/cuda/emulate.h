@@ -27,47 +27,49 @@ inline std::unique_ptr<std::barrier<>> block_barrier;
 #define __launch_bounds__(...)
 #define __syncthreads() block_barrier->arrive_and_wait()
 
+#include "cuda/bulk.h"
 #include "cuda/kernel.h"
 #include "cuda/mixed.h"
 #include "cuda/norm.h"
+#include "cuda/variants.h"
+#include "emulate_copies.h"
 
 namespace flatstep::cuda::emulation {
 
 using Kernel = void (*)(const Launch);
 
-template <template <class, unsigned, class> class L, class Of, class Rule, unsigned kFlags>
-void add_flags(std::vector<Kernel>& kernels) {
-  if constexpr (kFlags < Rule::kFlagEnd) {
-    if constexpr (Rule::allows(kFlags)) {
-      kernels.push_back(&update<L<Rule, kFlags, Of>>);
-    } else {
-      kernels.push_back(nullptr);
-    }
-    add_flags<L, Of, Rule, kFlags + 1>(kernels);
-  }
-}
+struct Kernels {
+  Kernel vectorised[Layouts::kCount][kVariants];
+  Kernel mixed[2][kVariants];  // in float, in double
+  Kernel in_bulk[Layouts::kCount][kVariants];
+  int arrays[kVariants];
+};
 
-template <template <class, unsigned, class> class L, class Of, class... Rule>
-void add_rules(std::vector<Kernel>& kernels, List<Rule...>) {
-  (add_flags<L, Of, Rule, 0>(kernels), ...);
-}
-
-// Those of each layout, then the mixed ones in float and in double.
-template <class... Layout>
-std::vector<Kernel> all_kernels(List<Layout...>) {
-  std::vector<Kernel> kernels;
-  (add_rules<Loop, Layout>(kernels, Rules{}), ...);
-  add_rules<MixedLoop, float>(kernels, Rules{});
-  add_rules<MixedLoop, double>(kernels, Rules{});
+inline Kernels make_kernels() {
+  Kernels kernels = {};
+  visit_layouts(Layouts{}, [&]<class Layout>(int layout) {
+    visit_variants(Rules{}, [&]<class Rule, unsigned kFlags>(int variant) {
+      using L = Loop<Rule, kFlags, Layout>;
+      kernels.vectorised[layout][variant] = &update<L>;
+      kernels.in_bulk[layout][variant] = &update_in_bulk<L, EmulatedCopies>;
+      kernels.arrays[variant] = L::count_arrays();
+    });
+  });
+  visit_variants(Rules{}, [&]<class Rule, unsigned kFlags>(int variant) {
+    kernels.mixed[0][variant] = &update<MixedLoop<Rule, kFlags, float>>;
+    kernels.mixed[1][variant] = &update<MixedLoop<Rule, kFlags, double>>;
+  });
   return kernels;
 }
 
 template <class AnyLaunch>
-void run(void (*kernel)(const AnyLaunch), const AnyLaunch& launch, unsigned blocks) {
+void run(void (*kernel)(const AnyLaunch), const AnyLaunch& launch, unsigned blocks,
+         int shared = 0) {
   gridDim = {blocks};
   blockDim = {kThreads};
   for (unsigned block = 0; block < blocks; ++block) {
     block_barrier = std::make_unique<std::barrier<>>(kThreads);
+    EmulatedCopies::begin_block(shared);
     std::vector<std::thread> threads;
     for (unsigned thread = 0; thread < kThreads; ++thread) {
       threads.emplace_back([=, &launch] {
@@ -78,15 +80,23 @@ void run(void (*kernel)(const AnyLaunch), const AnyLaunch& launch, unsigned bloc
       });
     }
     for (std::thread& thread : threads) thread.join();
+    EmulatedCopies::end_block();
   }
 }
 
-inline Kernel find(int layout, int variant, const Launch& launch) {
-  static const auto kernels = all_kernels(Layouts{});
+// An update, in bulk where the launch has a pipeline and there is such a kernel.
+inline void run_update(int layout, int variant, const Launch& launch, unsigned blocks) {
+  static const Kernels kernels = make_kernels();
+  const auto at = static_cast<std::size_t>(variant);
+  const bool is_double = launch.types.param == Stored::kFloat64;
   if (layout >= Layouts::kCount || launch.extras) {
-    layout = Layouts::kCount + (launch.types.param == Stored::kFloat64);
+    run(kernels.mixed[is_double][at], launch, blocks);
+  } else if (launch.pipeline.stages > 0) {
+    const int stage = launch.pipeline.tile * kernels.arrays[at];
+    run(kernels.in_bulk[layout][at], launch, blocks, launch.pipeline.stages * stage);
+  } else {
+    run(kernels.vectorised[layout][at], launch, blocks);
   }
-  return kernels[static_cast<std::size_t>(layout * kVariants + variant)];
 }
 
 }  // namespace flatstep::cuda::emulation

@@ -1,5 +1,6 @@
 // A GPU whose memory is the host's: for tests of the way there. Built with FLATSTEP_CUDA=EMULATED.
 #include "cuda/device.h"
+#include "cuda/form.h"
 #include "emulate.h"
 
 namespace flatstep::cuda {
@@ -18,6 +19,8 @@ const void* Table::upload(const void* rows, std::size_t bytes, void*) {
 void run(int, void*, int layout, int variant, Launch& launch, const std::vector<Row>& rows,
          Table& table) {
   if (rows.empty()) return;
+  const Form form = chosen_form();
+  if (form.in_bulk) launch.pipeline = form.pipeline;
   launch.row_count = static_cast<int>(rows.size());
   launch.total = end_of(rows.back());
   if (rows.size() > kInlineRows) {
@@ -25,7 +28,7 @@ void run(int, void*, int layout, int variant, Launch& launch, const std::vector<
   } else {
     for (std::size_t i = 0; i < rows.size(); ++i) launch.inline_rows[i] = rows[i];
   }
-  emulation::run(emulation::find(layout, variant, launch), launch, 2);
+  emulation::run_update(layout, variant, launch, 2);
   if (rows.front().step) emulation::run(&count<>, launch, 1);
 }
 

@@ -36,8 +36,7 @@ class Optimizer(Weights, Updating, torch.optim.Optimizer):
 
     A subclass names its rule, validates a group's options and turns them into a variant. The rest
     is here, or in what it is made of: finding each parameter's way and creating states
-    (:class:`~flatstep.optim.finding.Finding`), one call a step
-    (:class:`~flatstep.optim.updating.Updating`), the weights behind the parameters.
+    (``optim.finding``), one call a step (``optim.updating``), the weights behind the parameters.
     """
 
     _watch: Any = None  # what records the steps

@@ -1,4 +1,4 @@
-"""A step inside ``torch.compile``'s graph: custom operations in place of the plan's one call.
+"""A step inside ``torch.compile``'s graph: :mod:`flatstep.optim.operations` in place of the plan.
 
 Dynamo follows :func:`in_graph`'s function, which only collects tensors. What it could not follow,
 :func:`_prepare`, runs while it traces: it creates states and judges whether the graph can have the
@@ -16,140 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch._compile import _disable_dynamo
 
-from flatstep import _core, flat, reference
-from flatstep._torch import connect_dtensor, increment_version
-from flatstep.optim import clipping, extras, states
+from flatstep import _core, flat
+from flatstep._torch import VERSION, connect_dtensor
+from flatstep.optim import clipping, extras, operations, states
 from flatstep.optim.finding import VARIANTS
-from flatstep.optim.routes import (
-    Found,
-    Route,
-    in_order_of,
-    is_plain,
-    is_resolved,
-    layout_of,
-    overlapping,
-)
-from flatstep.optim.weights import reconcile
+from flatstep.optim.routes import Found, Route, is_plain, is_resolved, layout_of, overlapping
 
 if TYPE_CHECKING:
     from flatstep.optim.base import Optimizer
 
 # Older releases follow less of Python; there, a step breaks the graph.
-_IS_KNOWN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
-_library = torch.library.Library("flatstep", "DEF")
-_library.define(
-    "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, "
-    "Tensor(d!)[] fresh, Tensor[] tensors, Tensor? norm, str rule, int flags, float[] numbers, "
-    "float sign, float max_norm, float average_decay, int seed, int[] firsts) -> ()"
-)
-_library.define("norm(Tensor[] params, Tensor[] grads, float norm_type) -> Tensor")
-
-
-def _update(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    of_all: list[torch.Tensor],
-    steps: list[torch.Tensor],
-    fresh: list[torch.Tensor],
-    tensors: list[torch.Tensor],
-    norm: torch.Tensor | None,
-    rule: str,
-    flags: int,
-    numbers: list[float],
-    sign: float,
-    max_norm: float,
-    average_decay: float,
-    seed: int,
-    firsts: list[int],
-) -> None:
-    """Updates the parameters of a group, as the plan's one call would.
-
-    Args:
-        params: Those with a gradient.
-        grads: Their gradients, only read.
-        of_all: The states of the first parameter, then those of the second, and so on.
-        steps: How many steps each has had, or none where nobody counts.
-        fresh: Whether each step is the first, for a rule that does not count.
-        tensors: The hyper-parameters that are tensors.
-        norm: The norm of all gradients, where they are clipped.
-        rule: The rule's name.
-        flags: Its flags and the extras.
-        numbers: The hyper-parameters; NaN stands for the next of the tensors.
-        sign: -1 goes up the gradient.
-        max_norm: Of the gradients; negative where there is no limit.
-        average_decay: Of the averages.
-        seed: Of stochastic rounding, as a signed number.
-        firsts: Each parameter's first element among all, for chance.
-    """
-    rest = iter(tensors)
-    hyper = [float(next(rest)) if math.isnan(number) else number for number in numbers]
-    if norm is not None and max_norm >= 0:
-        sign *= reference.clip_factor(float(norm), max_norm)
-    counts = [int(step) + 1 for step in steps] or [1] * len(params)
-    of_rule = [2 - int(first) for first in fresh] or counts
-    each = len(of_all) // len(params)
-    of_one = [of_all[at * each : (at + 1) * each] for at in range(len(params))]
-    width = len(VARIANTS[rule][flags & extras.RULE_FLAGS])
-    is_master = bool(flags & (_core.EXTRAS["master_copy"] | _core.EXTRAS["master_split"]))
-    if flags & _core.EXTRAS["master_copy"]:
-        reconcile((param, own[width]) for param, own in zip(params, of_one, strict=True))
-    copied: list[tuple[torch.Tensor, torch.Tensor]] = []
-    flat_grads, flat_states, layouts = [], [], []
-    for param, grad, own in zip(params, grads, of_one, strict=True):
-        ordered = [in_order_of(state, param) for state in own]
-        copied += [(a, b) for a, b in zip(own, ordered, strict=True) if a is not b]
-        flat_states.append(ordered)
-        flat_grads.append(in_order_of(grad, param))
-        layout = layout_of(param, grad, own[0].dtype if width else None)
-        layouts.append(-1 if layout is None else layout)  # which the kernels refuse
-    increment_version([*params, *of_all])
-    _core.updates(
-        rule,
-        flags,
-        layouts,
-        [param.data_ptr() for param in params],
-        [grad.data_ptr() for grad in flat_grads],
-        [state.data_ptr() for own in flat_states for state in own[:width]],
-        [param.numel() * (2 if param.is_complex() else 1) for param in params],
-        hyper,
-        of_rule,
-        sign,
-        torch.get_num_threads(),
-        [own[width].data_ptr() for own in flat_states] if is_master else [],
-        [own[-1].data_ptr() for own in flat_states] if flags & _core.EXTRAS["average"] else [],
-        average_decay,
-        seed % 2**64,
-        counts,
-        firsts,
-    )
-    for tensor, copy in copied:
-        tensor.copy_(copy)
-    if steps:
-        torch._foreach_add_(steps, 1)
-    if fresh:
-        torch._foreach_zero_(fresh)
-
-
-def _norm(params: list[torch.Tensor], grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    """The norm of all gradients together, 0-dim, in float64."""
-    largest = norm_type == math.inf
-    memories = [in_order_of(grad, param) for param, grad in zip(params, grads, strict=True)]
-    norm = reference.norm_of(clipping.total_of(memories, largest), norm_type, 1.0)
-    return torch.tensor(norm, dtype=torch.float64)
-
-
-def _fake_update(*_: Any) -> None:
-    return None
-
-
-def _fake_norm(params: list[torch.Tensor], *_: Any) -> torch.Tensor:
-    return params[0].new_empty((), dtype=torch.float64)
-
-
-for _name, _run, _fake in (("update_", _update, _fake_update), ("norm", _norm, _fake_norm)):
-    _library.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"flatstep::{_name}", _fake, lib=_library)
+_IS_KNOWN = VERSION >= (2, 13)
 
 
 class _Group(NamedTuple):
@@ -200,8 +77,6 @@ def _refusal(optimizer: Optimizer, found: list[Found]) -> str | None:
     """Why the graph cannot have this step, or None."""
     groups = optimizer.param_groups
     asked = clipping.asked(groups)
-    if not _IS_KNOWN:
-        return f"torch is {torch.__version__}, older than 2.13"
     if any(group["differentiable"] for group in groups):
         return "autograd is to follow it (differentiable=True)"
     if asked is not None and asked.skips:
@@ -282,7 +157,7 @@ def _refusal_of_states(
     """Why the graph cannot have a parameter's update, or None; raises as a step would."""
     param, group = found.param, optimizer.param_groups[found.group]
     state = optimizer.state.get(param, {})
-    states.check(state, found, wanted.names)
+    states.check(state, found, wanted)
     extras.validate_param(group, param, found.name)
     grad = torch.empty(0, dtype=grad_dtype)
     layout = layout_of(param, grad, wanted.dtypes[0] if wanted.rule else None)
@@ -292,6 +167,13 @@ def _refusal_of_states(
 
 
 def _create_states(optimizer: Optimizer, wanted: dict[Found, states.Wanted]) -> None:
+    """Creates what is missing, each with memory of its own.
+
+    As torch's optimizers do, it has Dynamo ask at each step whether they are the same objects, and
+    not about the shape, strides and so on of each, which takes longer than a small model's update.
+    """
+    from torch._dynamo import mark_static_address  # loaded by now, as it is not with flatstep
+
     with torch.no_grad():
         firsts = states.complete(
             {
@@ -308,11 +190,15 @@ def _create_states(optimizer: Optimizer, wanted: dict[Found, states.Wanted]) -> 
     for found in wanted:
         state = optimizer.state.get(found.param, {})
         for name, tensor in state.items():
-            if isinstance(tensor, torch.Tensor) and not _has_its_own_memory(tensor):
-                state[name] = tensor.clone()
+            if isinstance(tensor, torch.Tensor):
+                if not _has_its_own_memory(tensor):
+                    state[name] = tensor.clone()
+                mark_static_address(state[name], guard=True)
     if not optimizer.counts_steps:
         for found in wanted:
-            optimizer._fresh[found.param] = torch.tensor(found in firsts)
+            fresh = optimizer._fresh.setdefault(found.param, torch.empty((), dtype=torch.float32))
+            fresh.fill_(found in firsts)
+            mark_static_address(fresh, guard=True)
 
 
 # As torch.compiler.assume_constant_result does, which would load all of Dynamo.
@@ -325,6 +211,9 @@ def in_graph(step: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         step: The step outside a graph, for what no graph can have.
     """
+    if not _IS_KNOWN:
+        outside: Callable[..., Any] = _disable_dynamo(step)
+        return outside
 
     @_disable_dynamo
     def step_outside(optimizer: Optimizer) -> None:
@@ -343,7 +232,7 @@ def in_graph(step: Callable[..., Any]) -> Callable[..., Any]:
             hypers.append(variant.hyper)
             grads = [param.grad for param in group["params"]]
             dtypes.append(tuple([None if grad is None else grad.dtype for grad in grads]))
-            options.append([group.get(name, value) for name, value in extras.DEFAULTS.items()])
+            options.append([group.get(name) for name in extras.DEFAULTS])
         unscales = hasattr(optimizer, "found_inf")  # set by GradScaler for one step
         prepared = _prepare(optimizer, tuple(dtypes), tuple(flags), options, unscales)
         if prepared.refusal is not None:
@@ -361,12 +250,14 @@ def _trace(
     optimizer: Optimizer, prepared: _Prepared, flags: list[int], hypers: list[list[Any]]
 ) -> None:
     """Puts one operation for each group, and one for the norm, into the graph."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded by now
+
     norm = None
     params = [param for group in optimizer.param_groups for param in group["params"]]
     params = [param for param in params if param.grad is not None]
     if prepared.norm_type is not None and params:
         grads = [param.grad for param in params]
-        norm = torch.ops.flatstep.norm(params, grads, prepared.norm_type)
+        norm = operations.norm(params, grads, prepared.norm_type)
         optimizer._clipped.norm = norm
         optimizer._clipped.is_double = prepared.is_double
     first = optimizer._elements_before
@@ -383,32 +274,32 @@ def _trace(
         state = [optimizer.state[param] for param in params] if of.names or of.counts else []
         may_be_first = of.names and not optimizer.counts_steps
         hyper = hypers[index]
-        if not isinstance(hyper[0], torch.Tensor):
+        if not isinstance(hyper[0], torch.Tensor) and not has_static_value(hyper[0]):
             # As a tensor, a learning rate that changes is not another graph each time.
             hyper[0] = torch.ones((), dtype=torch.float64) * hyper[0]
-        torch.ops.flatstep.update_(
+        operations.update(
             params,
             [param.grad for param in params],
             [own[name] for own in state for name in of.names],
             [own["step"] for own in state] if of.counts else [],
             [optimizer._fresh[param] for param in params] if may_be_first else [],
             [value for value in hyper if isinstance(value, torch.Tensor)],
-            norm,
             optimizer.rule,
             flags[index] | of.bits,
             [math.nan if isinstance(value, torch.Tensor) else value for value in hyper],
+            norm,
             -1.0 if group["maximize"] else 1.0,
             of.max_norm,
             of.decay,
             of.seed,
-            firsts,
+            firsts if of.bits & _core.EXTRAS["stochastic"] else [],
         )
 
 
 def zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
     """Clears gradients as Dynamo can follow it; torch's own way breaks the graph."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if any(map(_holds_gradient, params)):
+    if not _IS_KNOWN or any(map(_holds_gradient, params)):
         _zero_grad_outside(optimizer, set_to_none)
         return
     for param in params:

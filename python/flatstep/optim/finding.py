@@ -33,7 +33,7 @@ class Finding:
     _make_plan: Callable[[str], _core.Plan] = _core.Plan  # a recording has its own
     _gather: bool  # whether states are to be moved into new flat buffers
     _table: Table | None
-    _fresh: dict[torch.Tensor, torch.Tensor]  # whether a graph's next step is the first
+    _fresh: dict[torch.Tensor, torch.Tensor]  # not 0 where a graph's next step is the first
 
     def _label(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")
@@ -99,7 +99,7 @@ class Finding:
         }
         for found, of in wanted.items():
             state = self.state.get(found.param, {})
-            states.check(state, found, of.names)
+            states.check(state, found, of)
             if routes[found] is not Route.TORCH and (
                 states.are_foreign(state, of)
                 or layout_of(found.param, grad_of(found.param), of.dtypes[0] if of.rule else None)
@@ -195,6 +195,6 @@ class Finding:
         rule = VARIANTS[self.rule][flags & extras.RULE_FLAGS]
         names = (*rule, *extras.names(group))
         usual = states.dtype_of(self.state.get(param, {}), found, rule)
-        return Wanted(
-            rule, names, tuple(extras.dtype_of(name, group, param) or usual for name in names)
-        )
+        dtypes = tuple(extras.dtype_of(name, group, param) or usual for name in names)
+        always = (*(("step",) if self.counts_steps else ()), *VARIANTS[self.rule][0])
+        return Wanted(rule, names, dtypes, always)

@@ -30,17 +30,16 @@ def with_hooks(step: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         self: Any = args[0]
         is_outermost = type(self).step is wrapper  # torch wraps a subclass's, which calls this one
-        if is_dynamo_compiling():
-            inside = watched_and_traced if is_outermost else traced
-            return inside(*args, **kwargs)
-        run = step
-        if is_outermost and (
+        has_hooks = is_outermost and (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        ):
+        )
+        if is_dynamo_compiling():
+            return (watched_and_traced if has_hooks else traced)(*args, **kwargs)
+        run = step
+        if has_hooks or (is_outermost and _profiler_enabled()):
             run = watched
         out: _R
         if self._watch is None:

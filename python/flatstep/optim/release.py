@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Release:
-    """What :meth:`flatstep.Adam.step_in_backward` returns; :meth:`remove` ends it."""
+    """The handle of updates in backward; :meth:`remove` ends them.
+
+    :meth:`~flatstep.optim.base.Optimizer.step_in_backward` returns it.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

@@ -27,11 +27,15 @@ _ALIGNMENT = 64  # bytes
 
 
 class Wanted(NamedTuple):
-    """The states that a parameter is to have: the rule's and those beside it."""
+    """The states that a parameter is to have: the rule's and those beside it.
+
+    ``always`` are those without which no state of the rule is whole, the step's count among them.
+    """
 
     rule: tuple[str, ...]
     names: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    always: tuple[str, ...] = ()
 
 
 class Before:
@@ -83,10 +87,10 @@ def zeros_like_all(
     return views
 
 
-def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
+def check(state: dict[str, Any], found: Found, wanted: Wanted) -> None:
     """Raises where a parameter's state cannot be its own: TypeError, ValueError."""
     param = found.param
-    for name in names:
+    for name in wanted.names:
         tensor = state.get(name)
         if tensor is None:
             continue
@@ -103,6 +107,15 @@ def check(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> None:
     step = state.get("step")
     if step is not None and not 0 <= float(step) < 2**53:
         raise ValueError(f"state 'step' of {found.name} is {float(step)}; it must count from 0")
+    there = [name for name in wanted.always if state.get(name) is not None]
+    lacking = [name for name in wanted.always if name not in there]
+    is_begun = bool(there) and (there != ["step"] or float(state["step"]) > 0)
+    if lacking and is_begun:
+        raise ValueError(
+            f"the state of {found.name} has {sorted(state)}, but no '{lacking[0]}': it is not "
+            "whole, or of another library; give its tensors torch's names before you load it, or "
+            "empty it to start anew"
+        )
 
 
 def dtype_of(state: dict[str, Any], found: Found, names: tuple[str, ...]) -> torch.dtype:

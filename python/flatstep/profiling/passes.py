@@ -59,7 +59,7 @@ class PassTask:
 
     @property
     def weight(self) -> float:
-        """Its share of the time: about the seconds that it takes."""
+        """About the seconds that it takes, which is its share of the time."""
         gigabytes = _size(self.work).moved * self.workload.parameters / 1e9
         return 1.0 + 1.5 * gigabytes + len(self.workload.shapes) / 2500
 
@@ -105,7 +105,7 @@ def plan_passes(
 
     Args:
         names: Names in :data:`~flatstep.profiling.works.WORKS`; None, or "all" in it, for all.
-        workloads: Names in :data:`~flatstep.profiling.WORKLOADS`, or workloads; None for
+        workloads: Names in :data:`~flatstep.profiling.workloads.WORKLOADS`, or workloads; None for
             ResNet-50's.
 
     Raises:

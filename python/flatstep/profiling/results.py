@@ -377,7 +377,7 @@ class Report:
 
     @property
     def problems(self) -> dict[str, str]:
-        """What went wrong, by where and whose: each with why there is no time."""
+        """Why there is no time, by where and whose, of all that went wrong."""
         found = {
             f"{name}, {result.implementation}": result.problem
             for name, measured in self.races()
@@ -398,7 +398,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """What a command ends with: 0 where there are figures, and flatstep's results are right."""
+        """The command's own, 0 where there are figures, and flatstep's results are right."""
         if self.failed:
             return 1
         if self.interrupted:

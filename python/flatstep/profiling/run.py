@@ -59,7 +59,7 @@ class Task:
     dtype: str
 
     def weight(self, device: Device) -> float:
-        """Its share of the time: about the seconds that it takes."""
+        """About the seconds that it takes, which is its share of the time."""
         return weight_of(self.workload, self.optimizer, self.dtype, device)
 
     def case(self) -> Case:
@@ -107,12 +107,13 @@ def plan(
     """The cases to measure, workload by workload.
 
     Args:
-        workloads: Names in :data:`WORKLOADS`, or workloads, as from :func:`workload_of_model`; None
-            for those that ``device`` measures by default.
+        workloads: Names in :data:`~flatstep.profiling.workloads.WORKLOADS`, or workloads, as from
+            :func:`~flatstep.profiling.workloads.workload_of_model`; None for those that ``device``
+            measures by default.
         optimizers: Names such as "adam"; None for adam, sgd (with momentum) and rmsprop.
-        dtype: A name in :data:`DTYPES`; None for the workload's own or float32, and where
+        dtype: A name such as "float32"; None for the workload's own or float32, and where
             ``optimizers`` is None too, for adam in bfloat16 on the large workloads besides.
-        device: A name in :data:`~flatstep.profiling.device.DEVICES`.
+        device: "cpu" or "cuda".
 
     Raises:
         ValueError: An unknown name, with those that there are.
@@ -176,7 +177,7 @@ def run(
         passes: The options of a step to measure beside the torch calls that they replace, as from
             :func:`plan_passes`; only on the CPU. None for all where ``tasks`` is None too, else for
             none.
-        sweeps: The sweeps to measure, as from :func:`~flatstep.profiling.sweeps.plan_sweeps`.
+        sweeps: The sweeps to measure, as from :func:`plan_sweeps`.
         buckets: Whether each case is measured over its tensors of each size alone, too.
         against: Optimizers to race wherever their rule is measured: in cases, passes, sweeps and
             the whole step. One with another result, or that fails, gets no time; one that takes a

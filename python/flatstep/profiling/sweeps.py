@@ -44,7 +44,7 @@ class SweepTask:
     """A sweep to measure.
 
     Attributes:
-        name: As it is chosen: one of :data:`SWEEPS`.
+        name: As it is chosen: "sizes", "threads" or "tensors".
         optimizer: The optimizer's name.
         dtype: Of parameters, gradients and states.
     """
@@ -127,10 +127,10 @@ def plan_sweeps(
     """The sweeps to measure.
 
     Args:
-        names: Names in :data:`SWEEPS`, or "all" for those that the device has.
+        names: "sizes", "threads", "tensors", or "all" for those that the device has.
         optimizers: Names such as "adam", which is the default.
-        dtype: A name in :data:`DTYPES`; None for float32.
-        device: A name in :data:`~flatstep.profiling.device.DEVICES`.
+        dtype: A name such as "float32"; None for float32.
+        device: "cpu" or "cuda".
 
     Raises:
         ValueError: An unknown name, with those that there are, or a sweep that the device has not.

@@ -87,6 +87,7 @@ def _llama() -> Iterator[Shape]:
     yield (width,)
 
 
+#: The shapes that are measured, by their names.
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in [

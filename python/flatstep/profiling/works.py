@@ -97,6 +97,7 @@ class Work:
 MIXED: dict[str, Any] = {"dtype": BF16, "grad_dtype": BF16}
 MASTERS = "gradients to float32, AdamW(fused) on float32 masters, copy_ to bfloat16"
 
+#: Every option of a step that a pass measures, by its name.
 WORKS: dict[str, Work] = {
     work.name: work
     for work in [

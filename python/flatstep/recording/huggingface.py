@@ -18,9 +18,9 @@ from flatstep.recording.recorder import Recorder, profile
 class ProfileCallback(TrainerCallback):
     """Records the optimizer's steps, logs them with the Trainer, and prints a summary at the end.
 
-    The figures are those of :meth:`Recorder.since_last`, as ``flatstep/wall_ms`` and so on, through
-    ``trainer.log`` whenever the Trainer itself logs: they are in its history and wherever it
-    reports to.
+    The figures are those of :meth:`flatstep.recording.Recorder.since_last`, as ``flatstep/wall_ms``
+    and so on, through ``trainer.log`` whenever the Trainer itself logs: they are in its history and
+    wherever it reports to.
 
     Args:
         trainer: The trainer that this callback is added to.

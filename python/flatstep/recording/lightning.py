@@ -12,9 +12,9 @@ from flatstep.recording.recorder import Recorder, profile
 class ProfileCallback(Callback):
     """Records the optimizers' steps, logs them with the module, and prints a summary at the end.
 
-    The figures are those of :meth:`Recorder.since_last`, as ``flatstep/wall_ms`` and so on, through
-    the module's ``log_dict``, after every batch that stepped: the Trainer passes them to its
-    loggers every ``log_every_n_steps``.
+    The figures are those of :meth:`flatstep.recording.Recorder.since_last`, as ``flatstep/wall_ms``
+    and so on, through the module's ``log_dict``, after every batch that stepped: the Trainer passes
+    them to its loggers every ``log_every_n_steps``.
 
     Args:
         limit: As for :func:`flatstep.profile`.

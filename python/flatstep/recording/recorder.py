@@ -33,8 +33,8 @@ def profile(*optimizers: torch.optim.Optimizer, limit: float | None = None) -> R
             it is measured, in a second or less, when a figure that needs it is first asked for.
 
     Returns:
-        The recording: a context manager, with ``start()`` and ``stop()`` where a ``with`` does not
-        fit. It can be read while it runs and afterwards, and goes on where it is entered again.
+        A context manager, with ``start()`` and ``stop()`` where a ``with`` does not fit. It can be
+        read while it runs and afterwards, and goes on where it is entered again.
 
     Raises:
         TypeError: Something is not an optimizer.
