@@ -90,7 +90,7 @@ class NanSGD(flatstep.SGD):
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only flatstep and the subjects are measured."""
     monkeypatch.setattr(implementations_of, "MODES", {})
-    monkeypatch.setattr(implementations_of, "PATHS", {})
+    monkeypatch.setattr(implementations_of, "paths_of", lambda _: {})
     monkeypatch.setattr(implementations_of, "PEERS", {rule: {} for rule in truth.CLASSES})
 
 

@@ -323,6 +323,111 @@ def test_a_process_may_end_while_a_thread_steps(pool: str) -> None:
         assert finish(start(ENDING, pool, seconds)) == ""
 
 
+CROWDED = """
+import os, sys, threading, time
+import torch, flatstep
+from torch.nn import Parameter
+
+torch.set_num_threads(2)
+
+class Last:
+    def __del__(self, sleep=time.sleep, leave=os._exit):
+        sleep(0.1)  # Python has begun to end: whoever asks for its lock now is unwound
+        leave(0)
+
+def run(opt, under_way):
+    while True:
+        opt.step()
+        under_way.set()
+
+last = Last()
+for size in (1 << 8, 1 << 12, 1 << 15, 1 << 18):
+    for options in ({}, {"max_grad_norm": 1.0}):
+        param = Parameter(torch.ones(size))
+        param.grad = torch.ones(size)
+        opt, under_way = flatstep.AdamW([param], **options), threading.Event()
+        threading.Thread(target=run, args=(opt, under_way), daemon=True).start()
+        under_way.wait()
+"""
+
+
+def test_a_process_may_end_while_threads_step_small_and_large_models() -> None:
+    """Of a small step, most is spent in between: Python, and torch's answers about its tensors."""
+    processes = [start(CROWDED) for _ in range(2)]
+    assert [finish(process) for process in processes] == ["", ""]
+
+
+STEPPING_AT_EXIT = """
+import atexit, sys, threading
+
+def last():
+    opt.step()
+    print(int(opt.state[param]["step"]) > made, flush=True)
+    go_on.set()
+    thread.join()
+    print("joined")
+
+atexit.register(last)  # before flatstep's: it runs afterwards
+import torch, flatstep
+from flatstep.optim import ending
+from torch.nn import Parameter
+
+ending.PATIENCE = 0.5
+param = Parameter(torch.ones(8))
+param.grad = torch.ones(8)
+opt = flatstep.Adam([param])
+opt.step()
+made = int(opt.state[param]["step"])
+go_on = threading.Event()
+
+def run():
+    go_on.wait()
+    opt.step()
+
+thread = threading.Thread(target=run, daemon=True)
+thread.start()
+"""
+
+
+def test_a_function_at_exit_may_step_and_wait_for_a_thread_that_steps() -> None:
+    assert finish(start(STEPPING_AT_EXIT)) == "True\njoined\n"
+
+
+FORKED_IN_A_STEP = """
+import os, threading
+import torch, flatstep
+from flatstep.optim import ending
+from torch.nn import Parameter
+
+ending.PATIENCE = 1e6
+param = Parameter(torch.ones(8))
+param.grad = torch.ones(8)
+opt = flatstep.Adam([param])
+entered, leave = threading.Event(), threading.Event()
+
+class Slow(float):
+    def __float__(self):
+        entered.set()
+        leave.wait()
+        return 1e-3
+
+opt.param_groups[0]["lr"] = Slow(1e-3)
+thread = threading.Thread(target=opt.step)
+thread.start()
+entered.wait()
+child = os.fork()
+if child:
+    leave.set()
+    thread.join()
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@forking
+def test_a_child_does_not_wait_at_its_end_for_a_step_of_its_parent() -> None:
+    assert finish(start(FORKED_IN_A_STEP)) == "0\n"
+
+
 ISOLATED = """
 try:
     import _interpreters as interpreters

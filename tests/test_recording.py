@@ -23,6 +23,7 @@ from torch.nn import Parameter
 
 import flatstep
 from flatstep import _core
+from flatstep.optim import sharding
 from flatstep.recording import Recorder, Row, summary, traffic, watch
 from flatstep.recording.watch import AT_ONCE, TimedPlan
 
@@ -132,6 +133,33 @@ def test_the_norm_is_that_of_the_step() -> None:
     assert [row.grad_norm for row in rows] == pytest.approx(wanted)
     assert all(row.kernel_s > row.norm_s > 0 for row in rows)
     assert (last.grad_norm, last.norm_s) == (None, None)
+
+
+def test_the_norm_of_shards_is_timed_and_seen_and_has_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a rank that has all of each shard; one of them goes another way than through the plan."""
+
+    def shards() -> list[Parameter]:
+        return [*params_of((64, 40_000)), Parameter(torch.linspace(-1, 1, 66)[::2])]
+
+    plain, opt = (flatstep.AdamW(shards(), max_grad_norm=1.0) for _ in range(2))
+    train(plain, range(3))
+    monkeypatch.setattr(sharding, "norms_of", sharding.Norms)
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen,
+        flatstep.profile(opt, limit=LIMIT) as prof,
+    ):
+        train(opt, range(3))
+    rows = prof.rows()
+    assert len(rows) == 3
+    for row in rows:
+        assert row.norm_s is not None
+        assert row.kernel_s is not None
+        assert row.kernel_s > row.norm_s > 0
+    assert rows[-1].grad_norm == pytest.approx(float(plain.grad_norm))
+    assert {event.key: event.count for event in seen.key_averages()}["flatstep::norm"] == 3
+    assert_same_run(opt, plain, scale=0.0)
 
 
 def test_a_skipped_step_is_told_from_others() -> None:

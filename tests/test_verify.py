@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import flatstep
-from flatstep import _core, verify
-from flatstep.verify import cases, compare, names, torch_distance, ulp
+from flatstep import _core, torch_paths, verify
+from flatstep.verify import cases, compare, names, ulp
 
 Kernel = Callable[..., None]
 SMALL: dict[str, Any] = {"sizes": [65], "threads": [1, 2], "setups": [0], "distances": False}
@@ -248,7 +248,7 @@ def test_flatstep_is_the_reference_and_torch_is_near() -> None:
 
 
 def test_a_path_that_torch_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(torch_distance.PATHS, "both", {"foreach": True, "fused": True})
+    monkeypatch.setitem(torch_paths.PATHS, "both", {"foreach": True, "fused": True})
     report = verify.run(rules=["sgd"], dtypes=["float32"], sizes=[1])
     assert "both" not in {distance.implementation for distance in report.distances}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from flatstep.accuracy.truth import CLASSES
 from flatstep.subjects import Subject
-from flatstep.verify.torch_distance import PATHS
+from flatstep.torch_paths import paths_of
 
 # Of flatstep's options those that keep more of a 16-bit weight; f32: in float32 states.
 MODES: dict[str, dict[str, dict[str, Any]]] = {
@@ -63,12 +62,8 @@ def implementations(
     cls = CLASSES[rule].__name__
     modes: dict[str, dict[str, Any]] = {"flatstep": {}}
     modes |= {f"flatstep {name}": options for name, options in MODES.get(dtype, {}).items()}
-    accepted = inspect.signature(getattr(torch.optim, cls)).parameters
-    paths = {
-        f"torch {name}": options
-        for name, options in PATHS.items()
-        if options.keys() <= accepted.keys()
-    }
+    torchs = paths_of(getattr(torch.optim, cls))
+    paths = {f"torch {name}": options for name, options in torchs.items()}
     named = {
         **{name: Subject(f"flatstep:{cls}", rule, options) for name, options in modes.items()},
         **{name: Subject(f"torch.optim:{cls}", rule, options) for name, options in paths.items()},

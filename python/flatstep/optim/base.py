@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar, overload
@@ -14,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from flatstep import flat
-from flatstep.optim import checkpoints, clipping, compiled, extras, release
+from flatstep.optim import checkpoints, clipping, compiled, ending, extras, release
 from flatstep.optim.extras import Extras
 from flatstep.optim.hooks import with_hooks
 from flatstep.optim.release import Release
@@ -52,7 +51,7 @@ class Optimizer(Weights, Updating, torch.optim.Optimizer):
             )
         defaults = {**defaults, **options}
         self._validate(defaults)
-        self._turn = threading.Lock()
+        self._turn = ending.Turn()
         self._table: Table | None = None
         self._gather = False
         self._housed: flat.Housed | None = None
@@ -107,7 +106,7 @@ class Optimizer(Weights, Updating, torch.optim.Optimizer):
             self._keep_dtypes(loading)
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
-        self._turn = threading.Lock()
+        self._turn = ending.Turn()
         self._table = None
         self._housed = None
         self._fresh = {}
@@ -146,12 +145,16 @@ class Optimizer(Weights, Updating, torch.optim.Optimizer):
         # first from one after an overflow.
         left_to_gpu = found_inf is not None and self.counts_steps and is_on_gpu(found_inf)
         if found_inf is None or left_to_gpu or not float(found_inf):
-            if not self._turn.acquire(blocking=False):
-                raise RuntimeError("step() of this optimizer is running in another thread")
-            try:
+            lock = self._turn.lock
+            if lock.acquire(blocking=False):
+                try:
+                    self._update()
+                finally:
+                    lock.release()
+            elif ending.may_go_on(self._turn):
                 self._update()
-            finally:
-                self._turn.release()
+            else:
+                raise RuntimeError("step() of this optimizer is running in another thread")
         else:
             self._clipped.ahead = None
         return loss

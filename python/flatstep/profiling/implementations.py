@@ -19,6 +19,7 @@ from flatstep.optim.rules import RULES
 from flatstep.profiling.limit import Pages, Traffic
 from flatstep.profiling.workloads import Shape, Workload
 from flatstep.subjects import Subject
+from flatstep.torch_paths import PATHS, paths_of
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): getattr(optim, name) for name in optim.__all__
@@ -27,11 +28,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 
 FUSED = "torch fused"
-TORCH_PATHS: dict[str, dict[str, Any]] = {
-    FUSED: {"fused": True},
-    "torch foreach": {"foreach": True},
-    "torch for-loop": {"foreach": False},
-}
+# The quickest first.
+TORCH_PATHS = {f"torch {path}": options for path, options in reversed(PATHS.items())}
 
 
 def optimizer_named(name: str) -> type[Optimizer]:
@@ -53,8 +51,7 @@ def torch_optimizer(name: str) -> type[torch.optim.Optimizer]:
 
 def torch_paths(name: str, *, slow: bool = True) -> list[str]:
     """The paths that torch has for an optimizer; without the slow ones only where one is fused."""
-    known = inspect.signature(torch_optimizer(name)).parameters
-    paths = [path for path, option in TORCH_PATHS.items() if known.keys() >= option.keys()]
+    paths = [f"torch {path}" for path in reversed(paths_of(torch_optimizer(name)))]
     return paths if slow or FUSED not in paths else [FUSED]
 
 

@@ -9,9 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from flatstep.torch_paths import PATHS
 from flatstep.verify.cases import UPDATES
 from flatstep.verify.results import Distance, Mismatch, Report, Value
-from flatstep.verify.torch_distance import PATHS, STEPS
+from flatstep.verify.torch_distance import STEPS
 
 SHOWN = 3  # mismatches, each of another rule, dtype or instruction set
 ISSUES = "https://github.com/flatstep/flatstep/issues"

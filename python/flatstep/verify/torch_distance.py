@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -17,16 +16,12 @@ from flatstep import reference
 from flatstep._torch import DTYPES
 from flatstep.optim.base import Optimizer
 from flatstep.optim.rules import RULES
+from flatstep.torch_paths import paths_of
 from flatstep.verify import ulp
 from flatstep.verify.cases import FORMATS, Bits
 from flatstep.verify.results import Distance
 
 STEPS = 20
-PATHS: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Adam": [{}, {"weight_decay": 0.1, "amsgrad": True}, {"maximize": True}],
     "AdamW": [{}, {"weight_decay": 0.1, "amsgrad": True}, {"maximize": True}],
@@ -72,12 +67,10 @@ def _distances(name: str, options: dict[str, Any], dtype: str) -> list[Distance]
     definition = _train_reference(optimizers()[name], options, dtype)
     trained = {"flatstep": _train(getattr(flatstep, name), options, dtype)}
     torchs = getattr(torch.optim, name)
-    accepted = inspect.signature(torchs).parameters
-    for path, choice in PATHS.items():
-        if choice.keys() <= accepted.keys():
-            # Older torch lacks some paths for some dtypes.
-            with contextlib.suppress(RuntimeError):
-                trained[path] = _train(torchs, options | choice, dtype)
+    for path, choice in paths_of(torchs).items():
+        # Older torch lacks some paths for some dtypes.
+        with contextlib.suppress(RuntimeError):
+            trained[path] = _train(torchs, options | choice, dtype)
     label = " ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
     found = []
     for implementation, bits in trained.items():
