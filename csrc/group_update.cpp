@@ -25,16 +25,6 @@ TensorView view_at(const py::list& list, std::size_t place) {
   return view;
 }
 
-// Whether the elements lie in as much memory as they need, in whatever order.
-bool is_compact(const TensorView& view) {
-  std::int64_t product = 1, reach = 0;
-  for (int i = 0; i < view.dims; ++i) {
-    product *= view.shape[i];
-    reach += (view.shape[i] - 1) * view.strides[i];
-  }
-  return product == 0 || product == reach + 1;
-}
-
 // Whether a kernel that walks over the parameter walks over this tensor too.
 bool lies_as(const TensorView& view, const TensorView& param, PyObject* tensor) {
   if (view.dims != param.dims || view.is_complex != param.is_complex) {
@@ -47,8 +37,7 @@ bool lies_as(const TensorView& view, const TensorView& param, PyObject* tensor) 
     }
     same = same && (view.strides[i] == param.strides[i] || view.shape[i] <= 1);
   }
-  const auto address = reinterpret_cast<std::uintptr_t>(view.data);
-  return (same || param.count() == 0) && address % static_cast<unsigned>(size_of(view.type)) == 0 &&
+  return (same || param.count() == 0) && view.is_aligned() &&
          !is_unresolved(tensor, view.is_complex);
 }
 
@@ -114,7 +103,9 @@ bool update_group(const std::string& rule_name, unsigned variant, const GroupTen
   std::int64_t total = 0;
   for (std::size_t i = 0; i < size; ++i) {
     const TensorView param = view_at(tensors.params, i), grad = view_at(tensors.grads, i);
-    if (!is_compact(param)) throw std::invalid_argument("a parameter has gaps or overlaps itself");
+    if (!param.is_compact()) {
+      throw std::invalid_argument("a parameter has gaps or overlaps itself");
+    }
     if (!lies_as(param, param, at(tensors.params, i)) ||
         !lies_as(grad, param, at(tensors.grads, i))) {
       return false;

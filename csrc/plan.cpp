@@ -86,21 +86,6 @@ Stored grad_type_of(PyObject* param, Stored otherwise) {
   return view.type;
 }
 
-bool is_aligned(const TensorView& view) {
-  return reinterpret_cast<std::uintptr_t>(view.data) % static_cast<unsigned>(size_of(view.type)) ==
-         0;
-}
-
-// Whether the elements lie in as much memory as they need, in whatever order.
-bool is_compact(const TensorView& view) {
-  std::int64_t product = 1, reach = 0;
-  for (int i = 0; i < view.dims; ++i) {
-    product *= view.shape[i];
-    reach += (view.shape[i] - 1) * view.strides[i];
-  }
-  return product == 0 || product == reach + 1;
-}
-
 }  // namespace
 
 unsigned Plan::variant_of(const Row& row) const {
@@ -146,7 +131,7 @@ void Plan::add(int group, py::handle param, std::uint32_t first, const py::list&
   row.cleared = cleared.is_none() ? nullptr : cleared.ptr();
   TensorView view;
   PyObject* const local = local_of(param.ptr());
-  if (!is_plain(local) || !view_of(local, view) || !is_readable(view) || !is_compact(view)) {
+  if (!is_plain(local) || !view_of(local, view) || !is_readable(view) || !view.is_compact()) {
     throw std::invalid_argument("the parameter's memory cannot be read");
   }
   row.types = {view.type, grad_type_of(param.ptr(), view.type), view.type};
@@ -277,7 +262,7 @@ bool Plan::row_matches(Row& row, PyObject* param) {
   row.param_hint = view.shape;
   if (!view_of(local_grad, view) || view.device != row.device || view.type != row.types.grad ||
       view.is_complex != row.is_complex || !same_memory_order(row, view) ||
-      (!view.data && row.count > 0) || !is_aligned(view) ||
+      (!view.data && row.count > 0) || !view.is_aligned() ||
       is_unresolved(local_grad, view.is_complex)) {
     return false;
   }

@@ -158,6 +158,19 @@ std::int64_t TensorView::count() const {
   return product;
 }
 
+bool TensorView::is_compact() const {
+  std::int64_t product = 1, reach = 0;
+  for (int i = 0; i < dims; ++i) {
+    product *= shape[i];
+    reach += (shape[i] - 1) * strides[i];
+  }
+  return product == 0 || product == reach + 1;
+}
+
+bool TensorView::is_aligned() const {
+  return reinterpret_cast<std::uintptr_t>(data) % static_cast<unsigned>(size_of(type)) == 0;
+}
+
 void connect(py::object exchange_capsule, py::object tensor_type, py::object parameter_type) {
   torch.exchange = nullptr;
   if (!exchange_capsule.is_none()) {

@@ -29,6 +29,12 @@ struct TensorView {
 
   // In stored values: a complex element is two.
   std::int64_t count() const;
+
+  // Whether the elements lie in as much memory as they need, in whatever order.
+  bool is_compact() const;
+
+  // Whether the address is a multiple of an element's size.
+  bool is_aligned() const;
 };
 
 // Asks for the lines of the objects that a tensor is made of, given where its shape lies. The
