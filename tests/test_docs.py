@@ -260,9 +260,7 @@ def test_the_search_finds_an_option_without_a_server(
         page.locator(".nav-overlay-icon").click()
     page.locator(".sidebar-search").fill("max_grad_norm")
     page.locator(".sidebar-search").press("Enter")
-    found = page.locator("#search-results li a")
-    found.first.wait_for()
-    addresses = found.evaluate_all("all => all.map(each => each.getAttribute('href'))")
-    assert any("precision.html" in address for address in addresses)
-    assert any("flatstep.Extras.max_grad_norm" in address for address in addresses)
+    for address in ("precision.html", "flatstep.Extras.max_grad_norm"):
+        # The results come one after the other; what never comes is an error, after a while.
+        page.locator(f"#search-results li a[href*='{address}']").first.wait_for()
     page.close()
