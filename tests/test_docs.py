@@ -1,19 +1,15 @@
-"""The documentation: its code is Python, its links lead somewhere, and its site is for everyone."""
+"""The site of documentation: all is in it, its links lead somewhere, and it is for everyone."""
 
 from __future__ import annotations
 
-import ast
-import builtins
 import importlib
 import inspect
 import re
 import shutil
 import subprocess
-import symtable
 import sys
 import zlib
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,75 +24,7 @@ from flatstep.cli import application
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-TEXTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 SPHINX = ("sphinx", "myst_parser", "furo", "sphinx_copybutton")
-
-
-BLOCKS = {
-    f"{text.relative_to(ROOT)}:{token.map[0] + 1}": token.content
-    for text in TEXTS
-    for token in MarkdownIt("commonmark").parse(text.read_text(encoding="utf-8"))
-    if token.type == "fence" and token.info.strip() == "python" and token.map
-}
-
-
-@pytest.mark.parametrize("place", BLOCKS)
-def test_a_block_of_python_names_what_there_is(place: str) -> None:
-    for node in ast.walk(ast.parse(BLOCKS[place])):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flatstep":
-            module = importlib.import_module(node.module or "")
-            for alias in node.names:
-                assert hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}")
-        elif isinstance(node, ast.Call):
-            called = named(node.func)
-            for keyword in node.keywords:
-                assert called is None or keyword.arg in arguments_of(called), keyword.arg
-        elif isinstance(node, ast.Attribute):
-            named(node)
-
-
-def named(node: ast.AST) -> Any:
-    """What a name such as `flatstep.functional.adam_` stands for; None where it is another's."""
-    if isinstance(node, ast.Name):
-        return flatstep if node.id == "flatstep" else None
-    if isinstance(node, ast.Attribute):
-        owner = named(node.value)
-        return None if owner is None else getattr(owner, node.attr)
-    return None
-
-
-def arguments_of(called: Any) -> set[str | None]:
-    found: set[str | None] = {None, *inspect.signature(called).parameters}
-    return found | set(flatstep.Extras.__annotations__) if "options" in found else found
-
-
-def is_whole(code: str) -> bool:
-    """Whether a block takes no name from what stands before it, and runs at once and anywhere."""
-    table = symtable.symtable(code, "block", "exec")
-    symbols = [*table.get_symbols()]
-    for child in table.get_children():
-        symbols += [symbol for symbol in child.get_symbols() if symbol.is_global()]
-    bound = {
-        symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()
-    }
-    names = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
-    imports = re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE)
-    return (
-        names <= bound | set(dir(builtins))
-        and {name.split(".")[0] for name in imports} <= {"flatstep", "math", "numpy", "torch"}
-        and "profiling" not in bound  # it measures for minutes
-    )
-
-
-@pytest.mark.parametrize("place", [place for place, code in BLOCKS.items() if is_whole(code)])
-def test_a_block_that_is_whole_runs(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[place], place, "exec"), {"__name__": "__main__"})
-
-
-# ---- the site
 
 
 @pytest.fixture(scope="module")
