@@ -100,7 +100,7 @@ class FlatBuffer:
         clear_gradients: Whether ``step()`` of a flatstep optimizer leaves the gradients zero.
 
     Raises:
-        TypeError: A parameter is not a plain, strided CPU tensor of a dtype that flatstep updates,
+        TypeError: A parameter is not a plain, strided tensor of a dtype that flatstep updates,
             or its gradient is not one of the dtype that it should have.
         ValueError: No parameters, a parameter without memory of its own, or ``clear_gradients``
             without ``gradients``. Nothing has been moved.
@@ -407,7 +407,7 @@ def _check(named: Named, gradients: bool) -> None:
             raise TypeError(
                 f"parameter {name!r} is a {type(param).__name__} of {param.dtype} on "
                 f"{param.device}; FlatBuffer takes leaf tensors with plain memory: strided, on the "
-                "CPU, float32, float64, bfloat16, float16, complex64 or complex128"
+                "CPU or a GPU, float32, float64, bfloat16, float16, complex64 or complex128"
             )
         if param.is_inference():
             raise ValueError(

@@ -174,18 +174,7 @@ def _create_states(optimizer: Optimizer, wanted: dict[Found, states.Wanted]) -> 
     """
     from torch._dynamo import mark_static_address  # loaded by now, as it is not with flatstep
 
-    with torch.no_grad():
-        firsts = states.complete(
-            {
-                found: optimizer.state[found.param]
-                for found, of in wanted.items()
-                if of.names or optimizer._counts(found)
-            },
-            wanted,
-            dict.fromkeys(wanted, Route.KERNEL),
-            step_device=optimizer._step_device,
-            gather=optimizer._gather,
-        )
+    firsts = optimizer._complete(wanted, dict.fromkeys(wanted, Route.KERNEL))
     optimizer._gather = False
     for found in wanted:
         state = optimizer.state.get(found.param, {})

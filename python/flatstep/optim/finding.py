@@ -118,6 +118,18 @@ class Finding:
             before.put_back(self.state)
             raise
 
+    def _complete(self, wanted: dict[Found, Wanted], routes: dict[Found, Route]) -> set[Found]:
+        """Creates the states that are missing; returns the parameters that had none before."""
+        kept = {
+            found: self.state[found.param]
+            for found, of in wanted.items()
+            if of.names or self._counts(found)
+        }
+        with torch.no_grad():
+            return states.complete(
+                kept, wanted, routes, step_device=self._step_device, gather=self._gather
+            )
+
     def _fill(
         self,
         flags: list[int],
@@ -127,18 +139,7 @@ class Finding:
         before: states.Before,
     ) -> Table:
         """Completes the states and makes the table of them."""
-        with torch.no_grad():
-            firsts = states.complete(
-                {
-                    found: self.state[found.param]
-                    for found, of in wanted.items()
-                    if of.names or self._counts(found)
-                },
-                wanted,
-                routes,
-                step_device=self._step_device,
-                gather=self._gather,
-            )
+        firsts = self._complete(wanted, routes)
         plan = self._make_plan(self.rule)
         plan.begin(flags)
         others: list[Other] = []
