@@ -57,32 +57,94 @@ __device__ int find_row(const AnyRow* rows, int count, std::int64_t at) {
   return low;
 }
 
-// As many values as a thread takes of an array at once, in accesses of 16 bytes.
-template <class Stored, int kCount>
-struct alignas(sizeof(Stored) * kCount < kAccessBytes ? sizeof(Stored) * kCount : kAccessBytes)
-    Pack {
+// 16 bytes of an array.
+template <class Stored>
+struct alignas(kAccessBytes) Pack {
+  static constexpr int kCount = kAccessBytes / static_cast<int>(sizeof(Stored));
   Stored at[kCount];
 };
+using Words = Pack<std::uint32_t>;
 
 inline __device__ bool is_aligned(const void* at) {
   return reinterpret_cast<std::uintptr_t>(at) % kAccessBytes == 0;
 }
 
-// Part of an array for one thread: a whole vector where the array's address allows it.
-template <class Stored, int kCount>
-struct Access {
-  using Vector = Pack<Stored, kCount>;
-  static __device__ void load(Vector& to, const Stored* from, bool aligned, std::int64_t valid) {
-    if (aligned && valid >= kCount) {
-      to = *reinterpret_cast<const Vector*>(from);
-    } else {
-      for (int i = 0; i < kCount; ++i) to.at[i] = i < valid ? from[i] : Stored{};
+// Lets the compiler take the accesses of the GPU's memory, that no store to shared memory meets.
+inline __device__ void assume_global([[maybe_unused]] const void* at) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(at));
+#endif
+}
+
+// 16 bytes of the GPU's memory in one instruction, whatever the compiler makes of the elements. No
+// update reads what it has stored, so that it may keep what else it knows of the memory.
+inline __device__ Words load_words(const void* from) {
+#ifdef __CUDA_ARCH__
+  Words words;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+               : "l"(__cvta_generic_to_global(from)));
+  return words;
+#else
+  return *static_cast<const Words*>(from);
+#endif
+}
+
+inline __device__ void store_words(void* to, const Words& words) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%4], {%0, %1, %2, %3};" ::"r"(words.at[0]), "r"(words.at[1]),
+               "r"(words.at[2]), "r"(words.at[3]), "l"(__cvta_generic_to_global(to)));
+#else
+  *static_cast<Words*>(to) = words;
+#endif
+}
+
+// Elements of kSize bytes one by one, those that are valid; zeros for the others.
+template <int kSize, int kCount>
+__device__ void load_each(std::uint32_t (&words)[kCount], const void* from, std::int64_t valid) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) words[i] = 0;
+  if constexpr (kSize == 2) {
+#pragma unroll
+    for (int i = 0; i < 2 * kCount; ++i) {
+      const std::uint32_t half = i < valid ? static_cast<const std::uint16_t*>(from)[i] : 0U;
+      words[i / 2] |= half << (i % 2 * 16);
     }
+  } else {
+    constexpr int kWords = kSize / 4;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i / kWords < valid) words[i] = static_cast<const std::uint32_t*>(from)[i];
+    }
+  }
+}
+
+// Part of an array for one thread: 16 bytes at once where the array's address allows it.
+template <class Stored>
+struct Access {
+  using Vector = Pack<Stored>;
+  static constexpr int kCount = Vector::kCount;
+
+  // Words, to be made a vector when all that a thread asks for is on its way: 16-bit elements
+  // would be taken apart, and so waited for, at once.
+  static __device__ Words load(const Stored* from, bool aligned, std::int64_t valid) {
+    if (aligned && valid >= kCount) return load_words(from);
+    Words words;
+    load_each<sizeof(Stored)>(words.at, from, valid);
+    return words;
+  }
+
+  static __device__ Vector vector_of(const Words& words) {
+    Vector vector;
+    __builtin_memcpy(&vector, &words, sizeof vector);
+    return vector;
   }
 
   static __device__ void store(Stored* to, const Vector& from, bool aligned, std::int64_t valid) {
     if (aligned && valid >= kCount) {
-      *reinterpret_cast<Vector*>(to) = from;
+      Words words;
+      __builtin_memcpy(&words, &from, sizeof words);
+      store_words(to, words);
     } else {
       for (int i = 0; i < kCount; ++i) {
         if (i < valid) to[i] = from.at[i];
@@ -117,11 +179,12 @@ struct Loop {
   using V = typename Layout::Compute;
   using Scalars = typename Rule::template Scalars<V>;
 
-  static constexpr int kCount = kAccessBytes / static_cast<int>(sizeof(P));
   static constexpr int kStates = Rule::kStateCount;
-  using ParamAccess = Access<P, kCount>;
-  using GradAccess = Access<G, kCount>;
-  using StateAccess = Access<S, kCount>;
+  using ParamAccess = Access<P>;
+  using GradAccess = Access<G>;
+  using StateAccess = Access<S>;
+  static constexpr int kCount = ParamAccess::kCount;
+  static_assert(GradAccess::kCount == kCount && StateAccess::kCount == kCount);
 
   static __host__ __device__ constexpr bool uses(int state) { return Rule::uses(kFlags, state); }
 
@@ -172,34 +235,43 @@ struct Loop {
     const G* const g = static_cast<const G*>(arrays.grad);
     S* s[kStates];
     bool s_aligned[kStates];
+    assume_global(p);
+    assume_global(g);
     for (int i = 0; i < kStates; ++i) {
       s[i] = static_cast<S*>(arrays.state[i]);
       s_aligned[i] = is_aligned(s[i]);
+      if (uses(i)) assume_global(s[i]);
     }
     const bool p_aligned = is_aligned(p), g_aligned = is_aligned(g);
     constexpr std::int64_t kStride = static_cast<std::int64_t>(kThreads) * kCount;
     for (std::int64_t at = begin + static_cast<std::int64_t>(threadIdx.x) * kCount; at < end;
          at += kAtOnce * kStride) {
-      Vectors vectors[kAtOnce];
+      Words p_words[kAtOnce], g_words[kAtOnce], s_words[kAtOnce][kStates];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const std::int64_t first = at + u * kStride;
-        ParamAccess::load(vectors[u].p, p + first, p_aligned, end - first);
-        GradAccess::load(vectors[u].g, g + first, g_aligned, end - first);
+        p_words[u] = ParamAccess::load(p + first, p_aligned, end - first);
+        g_words[u] = GradAccess::load(g + first, g_aligned, end - first);
         for (int i = 0; i < kStates; ++i) {
-          if (uses(i)) StateAccess::load(vectors[u].s[i], s[i] + first, s_aligned[i], end - first);
+          if (uses(i)) s_words[u][i] = StateAccess::load(s[i] + first, s_aligned[i], end - first);
         }
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const std::int64_t first = at + u * kStride;
-        update(vectors[u], k);
-        ParamAccess::store(p + first, vectors[u].p, p_aligned, end - first);
+        Vectors vectors;
+        vectors.p = ParamAccess::vector_of(p_words[u]);
+        vectors.g = GradAccess::vector_of(g_words[u]);
+        for (int i = 0; i < kStates; ++i) {
+          if (uses(i)) vectors.s[i] = StateAccess::vector_of(s_words[u][i]);
+        }
+        update(vectors, k);
+        ParamAccess::store(p + first, vectors.p, p_aligned, end - first);
         if (launch.clears) {
           GradAccess::store(const_cast<G*>(g) + first, {}, g_aligned, end - first);
         }
         for (int i = 0; i < kStates; ++i) {
-          if (uses(i)) StateAccess::store(s[i] + first, vectors[u].s[i], s_aligned[i], end - first);
+          if (uses(i)) StateAccess::store(s[i] + first, vectors.s[i], s_aligned[i], end - first);
         }
       }
     }

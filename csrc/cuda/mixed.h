@@ -9,7 +9,7 @@ namespace flatstep::cuda {
 
 // A thread's part of one array, as it lies in memory: up to two accesses of 16 bytes.
 struct Raw {
-  Pack<std::uint32_t, 4> words[2];
+  Words words[2];
 
   __device__ std::uint32_t& word(int i) { return words[i / 4].at[i % 4]; }
   __device__ std::uint32_t word(int i) const { return words[i / 4].at[i % 4]; }
@@ -44,9 +44,8 @@ struct MixedLoop {
     const char* const at = static_cast<const char*>(from) + first * size;
     Raw raw = {};
     if (valid >= kCount && is_aligned(at)) {
-      const auto* const words = reinterpret_cast<const Pack<std::uint32_t, 4>*>(at);
-      raw.words[0] = words[0];
-      if (size * kCount > kAccessBytes) raw.words[1] = words[1];
+      raw.words[0] = load_words(at);
+      if (size * kCount > kAccessBytes) raw.words[1] = load_words(at + kAccessBytes);
     } else if (size == 2) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -69,9 +68,8 @@ struct MixedLoop {
     const int size = size_of(type);
     char* const at = static_cast<char*>(to) + first * size;
     if (valid >= kCount && is_aligned(at)) {
-      auto* const words = reinterpret_cast<Pack<std::uint32_t, 4>*>(at);
-      words[0] = raw.words[0];
-      if (size * kCount > kAccessBytes) words[1] = raw.words[1];
+      store_words(at, raw.words[0]);
+      if (size * kCount > kAccessBytes) store_words(at + kAccessBytes, raw.words[1]);
     } else if (size == 2) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
