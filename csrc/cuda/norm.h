@@ -82,20 +82,35 @@ __global__ void __launch_bounds__(kThreads)
   launch.largest ? add_tiles<true>(launch, lanes) : add_tiles<false>(launch, lanes);
 }
 
-// Added one after the other, by the block's first thread, which alone has the sum.
-inline __device__ double add_in_order(const double* values, std::int64_t count, bool largest,
-                                      double* staged) {
-  double sum = 0;
+// Added one after the other, by the block's first thread, which alone has the sum. What is next is
+// on its way meanwhile.
+template <bool kLargest>
+__device__ double add_in_order(const double* values, std::int64_t count, double* staged) {
+  const auto mine = [&](std::int64_t first) {
+    const std::int64_t at = first + threadIdx.x;
+    return at < count ? values[at] : 0;
+  };
+  double sum = 0, next = mine(0);
   for (std::int64_t first = 0; first < count; first += kThreads) {
-    const std::int64_t at = first + threadIdx.x, rest = count - first;
     __syncthreads();
-    if (at < count) staged[threadIdx.x] = values[at];
+    staged[threadIdx.x] = next;
     __syncthreads();
-    for (int i = 0; threadIdx.x == 0 && i < kThreads && i < rest; ++i) {
-      sum = largest ? add<true>(sum, staged[i]) : add<false>(sum, staged[i]);
+    next = mine(first + kThreads);
+    if (threadIdx.x != 0) continue;
+    if (count - first >= kThreads) {
+#pragma unroll 16
+      for (int i = 0; i < kThreads; ++i) sum = add<kLargest>(sum, staged[i]);
+    } else {
+      for (int i = 0; first + i < count; ++i) sum = add<kLargest>(sum, staged[i]);
     }
   }
   return sum;
+}
+
+inline __device__ double add_in_order(const double* values, std::int64_t count, bool largest,
+                                      double* staged) {
+  return largest ? add_in_order<true>(values, count, staged)
+                 : add_in_order<false>(values, count, staged);
 }
 
 template <int kUnused = 0>
