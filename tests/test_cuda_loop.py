@@ -49,7 +49,7 @@ FIRST_VARIANT = {
 INLINE_ROWS = 42
 VECTORISED = (0, 0)
 # The bulk form's stages, and the bytes of a tile: for a few of a block's threads, or each twice.
-PIPELINES = ((2, 512), (3, 1536), (8, 8192))
+PIPELINES = ((2, 512), (3, 1536), (8, 5632))
 STORED = ("float32", "float64", "bfloat16", "float16")  # in the order of the kernels' enum
 
 pytestmark = pytest.mark.skipif(

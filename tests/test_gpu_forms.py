@@ -19,6 +19,16 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu_forms
 
 
+MOST_SHARED = 226 << 10  # bytes that a block of Hopper's can have, beside a kernel's own
+
+
+def test_every_shape_of_the_bulk_form_fits_a_block(forms: ModuleType) -> None:
+    arrays = 2 + max(case.states for case in forms.CASES)
+    for form in forms.CHECKED:
+        shape = dict(word.split("=") for word in form.split(",")[1:])
+        assert int(shape["stages"]) * int(shape["tile"]) * arrays <= MOST_SHARED, form
+
+
 def found(forms: ModuleType, shares: dict[str, Sequence[float]], rounds: int = 5) -> list:
     return [
         forms.Found(f"case {place}", "float32", form, 1.0, 0.004, share, rounds)

@@ -20,6 +20,8 @@ inline void require(bool holds, const char* rule) {
   std::abort();
 }
 
+inline constexpr int kMostShared = 226 << 10;  // bytes, beside a kernel's own
+
 class EmulatedCopies {
   struct Copy {
     char* to;
@@ -36,6 +38,7 @@ class EmulatedCopies {
   };
 
   static void begin_block(int bytes) {
+    require(bytes <= kMostShared, "a block asks for more shared memory than Hopper gives it");
     block_.memory.assign(static_cast<std::size_t>(bytes) / sizeof(Line), Line{});
     block_.published.assign(kThreads, 0);
     block_.stored = 0;
