@@ -72,8 +72,10 @@ bool adjoin(const Work& first, std::int64_t count, const Work& second) {
 
 // Whether there is memory of known type behind the view.
 bool is_readable(const TensorView& view) {
-  return view.device >= kCpu && view.device < cuda::device_count() &&
-         view.type != Stored::kUnknown && (view.data || view.count() == 0);
+  // CUDA is asked, and so begun, only where there is something on a GPU.
+  const bool has_device =
+      view.device == kCpu || (view.device >= 0 && view.device < cuda::device_count());
+  return has_device && view.type != Stored::kUnknown && (view.data || view.count() == 0);
 }
 
 // Of the parameter's gradient, or the other type where it has none that can be read.

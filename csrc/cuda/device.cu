@@ -17,7 +17,8 @@ namespace {
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::string message = std::string(what) + ": " + cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion ||
+      error == cudaErrorInvalidDeviceFunction) {
     message +=
         "; this build has kernels for compute capability 8.0 and newer, and needs a driver "
         "as new as its CUDA: build flatstep on this machine, or use torch.optim here";
@@ -30,25 +31,47 @@ class Guard {
  public:
   explicit Guard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != previous_;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~Guard() { cudaSetDevice(previous_); }
+  ~Guard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
 
  private:
   int previous_ = 0;
+  bool changed_ = false;
+};
+
+// While it lives, this thread may allocate and free beside a stream that is being captured, which
+// it does not touch; else the capture, of whatever thread, would be broken off.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 // As much shared memory for a kernel that takes some at its launch as the device gives a block.
-void make_room(int device, const void* kernel) {
+void make_room(int device, const void* kernel, int wanted) {
   int most = 0;
   cudaFuncAttributes attributes;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             most - static_cast<int>(attributes.sharedSizeBytes)),
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  if (wanted > most) {
+    throw std::runtime_error("stages * tile * arrays is " + std::to_string(wanted) +
+                             " bytes, and a block has " + std::to_string(most) +
+                             ": choose fewer stages or smaller tiles");
+  }
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "making room for a kernel's stages");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              cudaSharedmemCarveoutMaxShared),
@@ -65,7 +88,7 @@ int resident_blocks(int device, const Choice& choice) {
     int processors = 0, of_each = 0;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
-    if (choice.shared > 0) make_room(device, choice.kernel);
+    if (choice.shared > 0) make_room(device, choice.kernel, choice.shared);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, choice.kernel, kThreads,
                                                         static_cast<std::size_t>(choice.shared)),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -120,6 +143,7 @@ int device_of_host() { return kNoDevice; }
 
 Table::~Table() {
   if (!memory_) return;
+  const BesideCaptures beside;
   int previous = 0;
   cudaGetDevice(&previous);
   cudaSetDevice(device_);
@@ -131,17 +155,24 @@ const void* Table::upload(const void* rows, std::size_t bytes, void* stream) {
   if (bytes == written_.size() && std::memcmp(rows, written_.data(), bytes) == 0) return memory_;
   written_.clear();
   if (bytes > room_) {
+    const BesideCaptures beside;
     if (memory_) check(cudaFree(memory_), "cudaFree");
     memory_ = nullptr;
     room_ = 0;
     check(cudaMalloc(&memory_, bytes), "allocating a table of parameters");
     room_ = bytes;
   }
-  // From pageable memory: it has been read when the call returns, and may be freed.
-  check(cudaMemcpyAsync(memory_, rows, bytes, cudaMemcpyHostToDevice,
-                        static_cast<cudaStream_t>(stream)),
+  // From pageable memory: it has been read when a call returns, and may be freed. More than 64 KiB
+  // at once could wait for what the stream has to do before.
+  constexpr std::size_t kAtOnce = 64 << 10;
+  const auto* const from = static_cast<const char*>(rows);
+  for (std::size_t at = 0; at < bytes; at += kAtOnce) {
+    check(
+        cudaMemcpyAsync(static_cast<char*>(memory_) + at, from + at, std::min(kAtOnce, bytes - at),
+                        cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)),
         "copying a table of parameters");
-  written_.assign(static_cast<const char*>(rows), static_cast<const char*>(rows) + bytes);
+  }
+  written_.assign(from, from + bytes);
   return memory_;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "storage/extras.h"
@@ -24,7 +25,9 @@ struct Row {
   // What only a mixed kernel reads, as in Work.
   void *master, *average;
   std::uint32_t first;
+  std::uint32_t unused = 0;  // tables are compared as bytes, which padding would not keep
 };
+static_assert(std::has_unique_object_representations_v<Row>);
 
 inline std::int64_t end_of(const Row& row) {
   return row.begin + (row.count + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
@@ -86,7 +89,9 @@ struct NormRow {
   std::int64_t begin;  // its first tile among all gradients'
   std::int64_t count;  // elements
   Stored type;
+  std::uint32_t unused = 0;
 };
+static_assert(std::has_unique_object_representations_v<NormRow>);
 
 FLATSTEP_INLINE std::int64_t end_of(const NormRow& row) {
   return row.begin + (row.count + kNormTile - 1) / kNormTile;
