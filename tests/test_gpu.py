@@ -100,7 +100,7 @@ def test_a_captured_step_has_the_bits_of_one_that_is_not(
     gpu = on_gpu(cpu)
     lr = torch.tensor(1e-3, device="cuda")
     ours: Any = getattr(flatstep, name)
-    opt, expected = ours(gpu, lr=lr, capturable=True), ours(cpu, lr=1e-3)
+    opt, expected = ours(gpu, lr=lr, capturable=True), ours(cpu, lr=float(lr))
     give_gradients(gpu, 0)
     give_gradients(cpu, 0)
     graph = captured(opt)

@@ -1,4 +1,4 @@
-"""A few updates on a GPU, for compute-sanitizer: every rule, odd sizes, misaligned gradients."""
+"""A few updates on a GPU, for compute-sanitizer: every rule, norms, odd sizes, misalignment."""
 
 import torch
 
@@ -7,6 +7,7 @@ import flatstep
 RULES = [
     (flatstep.Adam, {"amsgrad": True}),
     (flatstep.AdamW, {"fused": True}),
+    (flatstep.AdamW, {"max_grad_norm": 0.5, "ema_decay": 0.9}),
     (flatstep.RMSprop, {"momentum": 0.9, "centered": True}),
     (flatstep.SGD, {"momentum": 0.9, "nesterov": True}),
 ]
