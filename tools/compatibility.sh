@@ -4,9 +4,9 @@
 #
 #     tools/compatibility.sh VERSION [WORK]
 #
-# Makes a virtual environment with that torch, flatstep and what the tests need, all else as
-# constraints.txt says. With WORK it is kept there with the results: what has run there is not run
-# again. PYTHON names another interpreter. The result goes to
+# Makes a virtual environment with that torch and what it brings along, flatstep, and what else the
+# tests need, as constraints.txt says. With WORK it is kept there with the results: what has run there
+# is not run again. PYTHON names another interpreter. The result goes to
 # benchmarks/results/compatibility-torch-VERSION.json; the exit code is 1 where something failed.
 set -euo pipefail
 version=${1:?usage: tools/compatibility.sh VERSION [WORK]}
@@ -22,7 +22,11 @@ fi
 
 if [[ ! -e $work/installed ]]; then
   "${PYTHON:-python3}" -m venv "$work/venv"
-  sed "s/^torch==.*/torch==$version/" constraints.txt >"$work/constraints.txt"
+  "$work/venv/bin/pip" install --quiet "torch==$version"
+  "$work/venv/bin/pip" list --format=freeze | sed 's/==.*//; s/_/-/g' | tr '[:upper:]' '[:lower:]' |
+    awk -F== 'NR == FNR {has[$1]; next} !(tolower($1) in has)' - constraints.txt \
+      >"$work/constraints.txt"
+  echo "torch==$version" >>"$work/constraints.txt"
   PIP_CONSTRAINT=$work/constraints.txt PIP_BUILD_CONSTRAINT=$work/constraints.txt \
     "$work/venv/bin/pip" install --quiet '.[test]'
   touch "$work/installed"
