@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every kernel for every GPU with warnings as errors, and checks what came out: no fused
-# multiply-add and no flush to zero in the PTX, no spills and no more registers than two blocks a
-# processor have. Runs no kernel. Exits with 77 where nvcc is absent.
+# multiply-add and no flush to zero in the PTX, no spills, no more registers than two blocks a
+# processor have, and no values of an update anywhere else. Runs no kernel. Exits with 77 where nvcc is absent.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,6 +21,10 @@ compile() {
     nvcc "${flags[@]}" -Xptxas -v,-Werror,-warn-spills -arch "sm_$architecture" \
       -c "csrc/cuda/$file.cu" -o "$work/$file.o" 2>"$work/log" || { cat "$work/log"; return 1; }
     grep 'Used [0-9]* registers' "$work/log" >>"$work/registers" || true
+    # A loop over elements that is not unrolled has them in local memory.
+    awk '/Function properties for/ {name = $NF}
+      /bytes stack frame/ && $1 > 0 && name ~ /4LoopI/ {print name ":", $0; bad = 1}
+      END {exit bad}' "$work/log" || { echo "for sm_$architecture"; return 1; }
   done
 }
 

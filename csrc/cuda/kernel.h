@@ -213,6 +213,7 @@ struct Loop {
   };
 
   static __device__ void update(Vectors& at, const Scalars& k) {
+#pragma unroll
     for (int j = 0; j < kCount; ++j) {
       V param = Lanes<V>::load(&at.p.at[j]), state[kStates] = {};
       for (int i = 0; i < kStates; ++i) {
