@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -113,6 +114,31 @@ def test_a_captured_step_has_the_bits_of_one_that_is_not(
         give_gradients(cpu, step)
         graph.replay()
         expected.step()
+    assert_same_bits(gpu, cpu)
+
+
+def test_an_optimizer_that_is_collected_during_a_capture_does_not_break_it_off() -> None:
+    old = on_gpu(parameters(shapes=MANY))
+    give_gradients(old, 0)
+    doomed = [flatstep.Adam(old)]
+    doomed[0].step()  # with a table: there are more parameters than a launch's arguments hold
+    cpu = parameters(shapes=SHAPES)
+    gpu = on_gpu(cpu)
+    opt, expected = flatstep.Adam(gpu, capturable=True), flatstep.Adam(cpu)
+    give_gradients(gpu, 0)
+    give_gradients(cpu, 0)
+    opt.step()
+    expected.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doomed.clear()
+        gc.collect()
+        opt.step()
+    give_gradients(gpu, 1)
+    give_gradients(cpu, 1)
+    graph.replay()
+    expected.step()
     assert_same_bits(gpu, cpu)
 
 
