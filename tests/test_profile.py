@@ -24,7 +24,12 @@ from flatstep.profiling import command as commands
 from flatstep.profiling import limit, measure, memory, passes, results, text, training, works
 from flatstep.profiling.command import profile as command
 from flatstep.profiling.device import DEVICES, Cpu, Cuda
-from flatstep.profiling.implementations import OPTIMIZERS, TORCH_PATHS, Implementation
+from flatstep.profiling.implementations import (
+    OPTIMIZERS,
+    TORCH_PATHS,
+    Implementation,
+    parameter,
+)
 from flatstep.profiling.limit import (
     COPIED_AT_ONCE,
     Copies,
@@ -79,6 +84,21 @@ def test_the_figures_follow_from_the_times():
         assert result.to_torch == pytest.approx(seconds / best)
         assert result.of_limit == pytest.approx(case.limits[0].timing.median / seconds)
         assert result.first_step > 0
+
+
+def test_no_gradient_is_near_zero(monkeypatch: pytest.MonkeyPatch):
+    """Of 16 bits, torch 2.11 draws zeros, too; float16's Adam would divide them by zero."""
+    monkeypatch.setattr(Tensor, "uniform_", lambda self, low, high: self.zero_())
+    grad = parameter((3,), torch.float16, torch.device("cpu")).grad
+    assert grad.tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(1.5e-6, "1.50 µs"), (9.9951e-5, "100 µs"), (1e-3 - 1e-12, "1.00 ms"), (0.25, "250 ms")],
+)
+def test_a_time_has_the_unit_of_what_is_shown(seconds: float, said: str):
+    assert text.format_time(seconds) == said
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])

@@ -238,9 +238,9 @@ class Tensors:
 def parameter(shape: Shape, dtype: torch.dtype, where: torch.device) -> Parameter:
     """A parameter with a gradient, of values for which every path of torch's is accurate."""
     param = Parameter(torch.empty(shape, dtype=dtype, device=where).uniform_(-0.1, 0.1))
-    # Away from zero, whose square float16 cannot hold.
+    # Away from zero, whose square float16 cannot hold; zeros among them.
     grad = torch.empty(shape, dtype=dtype, device=where).uniform_(-1, 1)
-    param.grad = grad.add_(grad.sign(), alpha=0.5)
+    param.grad = grad.add_(torch.full_like(grad, 0.5).copysign_(grad))
     return param
 
 

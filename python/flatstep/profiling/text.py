@@ -442,11 +442,9 @@ def _time(timing: Timing, parameters: int, gb_per_s: float) -> Sequence[str]:
 
 def format_time(seconds: float) -> str:
     """Milli- or microseconds, with the unit."""
-    return (
-        f"{significant(seconds * 1e3)} ms"
-        if seconds >= 1e-3
-        else f"{significant(seconds * 1e6)} µs"
-    )
+    if round(seconds * 1e6) >= 1000:
+        return f"{significant(seconds * 1e3)} ms"
+    return f"{significant(seconds * 1e6)} µs"
 
 
 def short_problem(problem: str | None) -> str:
@@ -466,7 +464,7 @@ def microseconds(seconds: float) -> str:
 
 def significant(value: float) -> str:
     """At least three significant digits, and no exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def spread(timing: Timing) -> str:
