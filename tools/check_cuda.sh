@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Compiles every kernel for every GPU with warnings as errors, and checks what came out: no fused
 # multiply-add and no flush to zero in the PTX, no spills, no more registers than two blocks a
-# processor have, and no values of an update anywhere else. Runs no kernel. Exits with 77 where nvcc is absent.
+# processor have, and no values of an update anywhere else. Runs no kernel. Exits with 77 where nvcc is
+# absent.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
